@@ -1,0 +1,119 @@
+"""The contract of a criterion: evidence about a group in, a ranking of its units out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from torch_otprune.errors import CalibrationError
+from torch_otprune.observe.evidence import Evidence
+from torch_otprune.policy.registry import CRITERIA, Setting
+
+__all__ = ["Criterion", "Need", "Ranking", "ScoreCriterion", "register"]
+
+Need = Literal["moments", "sensitivity"]
+register = CRITERIA.register
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Nested sets of units, and what keeping each would cost.
+
+    Args:
+        order: units, the first to keep first; the best set of size k is `order[:k]`.
+        curve: `curve[k]` is the predicted cost of keeping `order[:k]`; zero when all stay.
+        refined: a better set for a size than the nested one; empty where there is none.
+    """
+
+    order: Int[Tensor, " units"]
+    curve: Float[Tensor, " sizes"]
+
+
+class Criterion(Setting, ABC):
+    """Rank the units of a group. A subclass is one file: settings, limits, source, algorithm."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    @abstractmethod
+    def rank(self, evidence: Evidence) -> Ranking:
+        """Order the units from the first to keep to the first to go.
+
+        Args:
+            evidence: what is known about the group.
+
+        Returns:
+            the ranking.
+        """
+
+    def refine(self, evidence: Evidence, keep: Int[Tensor, " kept"]) -> Int[Tensor, " kept"]:
+        """Improve the set of one size beyond the nested one.
+
+        Args:
+            evidence: what is known about the group.
+            keep: the nested set.
+
+        Returns:
+            a set of the same size; the nested one unless a criterion knows better.
+        """
+        return keep
+
+
+class ScoreCriterion(Criterion, ABC):
+    """Rank by one independent number per unit."""
+
+    @abstractmethod
+    def score(self, evidence: Evidence) -> Float[Tensor, " units"]:
+        """Score every unit; larger means keep.
+
+        Args:
+            evidence: what is known about the group.
+
+        Returns:
+            one finite number per unit, not below zero.
+        """
+
+    def rank(self, evidence: Evidence) -> Ranking:
+        """Sort by score; a set costs the share of squared score that it leaves out."""
+        score = checked(self.score(evidence), evidence)
+        order = torch.argsort(score, descending=True, stable=True)
+        power = score[order].square()
+        left = power.flip(0).cumsum(0).flip(0)
+        curve = torch.cat([left, left.new_zeros(1)]) / power.sum().clamp_min(1e-300)
+        return Ranking(order, curve)
+
+
+def checked(score: Tensor, evidence: Evidence) -> Tensor:
+    """Refuse scores that are not finite, and blur rounding so that ties are ties everywhere.
+
+    Args:
+        score: one number per unit.
+        evidence: names the group in the error.
+
+    Returns:
+        the scores to nine digits.
+
+    Raises:
+        CalibrationError: if a score is NaN or infinite.
+    """
+    if not bool(torch.isfinite(score).all()):
+        bad = int((~torch.isfinite(score)).nonzero()[0])
+        raise CalibrationError(
+            f"unit {bad} scored {float(score[bad])}.",
+            where=f"group '{evidence.name}'",
+            fix="look for NaN or infinity in the weights or the calibration data.",
+        )
+    return settle(score)
+
+
+def settle(values: Tensor) -> Tensor:
+    """Round to nine digits of the largest entry: sums in another order then decide alike."""
+    scale = float(values.abs().max()) if values.numel() else 0.0
+    if not scale:
+        return values
+    step = 10.0 ** (torch.tensor(scale).log10().floor().item() - 9)
+    return (values / step).round() * step

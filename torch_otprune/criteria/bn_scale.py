@@ -1,0 +1,31 @@
+"""The scale that batch-norm gives a unit."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from torch_otprune.criteria.base import ScoreCriterion, register
+from torch_otprune.observe.evidence import Evidence
+
+__all__ = ["BNScale"]
+
+
+@register
+class BNScale(ScoreCriterion):
+    """Keep the units whose batch-norm scale is large; without a batch-norm, whose weights are.
+
+    Limits: means little unless the network was trained with a penalty on the scales.
+
+    Source: Liu et al. 2017, "Learning efficient convolutional networks through network slimming".
+    """
+
+    kind: Literal["bn_scale"] = "bn_scale"
+
+    def score(self, evidence: Evidence) -> Float[Tensor, " units"]:
+        """Average the absolute scales over the norms that carry the unit."""
+        if evidence.scales is None:
+            return evidence.producers.norm(dim=1)
+        return evidence.scales.abs().mean(dim=1)

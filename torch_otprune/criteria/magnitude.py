@@ -1,0 +1,31 @@
+"""The size of a unit's weights."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from torch_otprune.criteria.base import ScoreCriterion, register
+from torch_otprune.observe.evidence import Evidence
+
+__all__ = ["Magnitude"]
+
+
+@register
+class Magnitude(ScoreCriterion):
+    """Keep the units whose producing weights are large.
+
+    Limits: blind to the data, to batch-norm scales and to what the consumers do with a unit.
+
+    Source: Li et al. 2017, "Pruning filters for efficient ConvNets" (p = 1); p = 2 is common.
+    """
+
+    kind: Literal["magnitude"] = "magnitude"
+    p: float = Field(default=2.0, ge=1.0, description="order of the norm")
+
+    def score(self, evidence: Evidence) -> Float[Tensor, " units"]:
+        """Take the norm of each unit's row of weights."""
+        return evidence.producers.norm(p=self.p, dim=1)

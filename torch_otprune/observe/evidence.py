@@ -1,0 +1,151 @@
+"""What is known about one group when its units are ranked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from torch_otprune.observe.moments import Moments
+from torch_otprune.observe.patches import full_weight
+from torch_otprune.observe.sensitivity import Sensitivity
+from torch_otprune.structure.graph import Graph, Group, Member
+from torch_otprune.structure.layers import BatchNorm, kernel
+
+__all__ = ["Consumer", "Evidence", "gather"]
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """One layer that reads the group.
+
+    Args:
+        path: the layer.
+        weight: its weight on the group, by unit and tap; a tap is one kernel position of one
+            of the unit's channels.
+        second: averaged products of what it reads; None without data. About the mean where a
+            bias can absorb the mean.
+        absorbs: whether a bias or batch-norm behind it absorbs a constant.
+        feel: how much the network's squared output grows with a squared error in each of its
+            output channels, per sample; ones where it was not measured.
+    """
+
+    path: str
+    weight: Float[Tensor, "out units taps"]
+    second: Float[Tensor, "units taps units taps"] | None
+    absorbs: bool
+    feel: Float[Tensor, " out"]
+
+    def felt(self) -> Float[Tensor, "out units taps"]:
+        """Scale the weight so that squared errors come in units of the network's output."""
+        return self.weight * self.feel.sqrt()[:, None, None]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One group, as a criterion sees it. Everything in float64.
+
+    Args:
+        name: the group.
+        units: how many.
+        producers: what writes each unit: rows of the producers' weights, side by side.
+        scales: batch-norm scales on the way, one column per norm; None without norms.
+        consumers: who reads the units.
+        taylor: mean squared first-order change of the output when a unit is zeroed; None
+            without data.
+        seed: the policy's seed.
+    """
+
+    name: str
+    units: int
+    producers: Float[Tensor, "units features"]
+    scales: Float[Tensor, "units norms"] | None
+    consumers: tuple[Consumer, ...]
+    taylor: Float[Tensor, " units"] | None
+    seed: int
+
+
+def gather(
+    model: nn.Module, graph: Graph, group: Group, *, moments: dict[str, Moments],
+    sensitivity: Sensitivity | None, seed: int,
+) -> Evidence:
+    """Lay out all that is known about one group.
+
+    Args:
+        model: the dense model.
+        graph: its analysis.
+        group: the group.
+        moments: observed second moments, by consumer.
+        sensitivity: what the output feels; None if it was not measured.
+        seed: the policy's seed.
+
+    Returns:
+        the evidence.
+    """
+    readers = tuple(_consumer(model, graph, m, moments, sensitivity) for m in group.consumers)
+    return Evidence(
+        group.name, group.units, _producers(model, group), _scales(model, group), readers,
+        _taylor(group, sensitivity), seed,
+    )
+
+
+def _unit_columns(member: Member, taps: int) -> Int[Tensor, "units taps"]:
+    within = member.index[:, :, None] * taps + torch.arange(taps)
+    return within.flatten(1)
+
+
+def _consumer(
+    model: nn.Module, graph: Graph, member: Member, moments: dict[str, Moments], sensitivity: Sensitivity | None
+) -> Consumer:
+    module = model.get_submodule(member.path)
+    at = _unit_columns(member, kernel(module))
+    tail = graph.tails.get(member.path)
+    absorbs = getattr(module, "bias", None) is not None or (
+        tail is not None and any(isinstance(model.get_submodule(p), BatchNorm) for p in tail.modules)
+    )
+    second = None
+    if member.path in moments:
+        chosen = moments[member.path].second(centred=absorbs).cpu()[at.flatten()][:, at.flatten()]
+        second = chosen.view(*at.shape, *at.shape)
+    weight = full_weight(module).cpu()
+    feel = torch.ones(len(weight), dtype=torch.float64)
+    if sensitivity is not None and member.path in sensitivity.outputs:
+        feel = sensitivity.outputs[member.path].cpu() / sensitivity.samples
+    return Consumer(member.path, weight[:, at], second, absorbs, feel)
+
+
+def _producers(model: nn.Module, group: Group) -> Tensor:
+    parts = []
+    for member in group.producers:
+        module = model.get_submodule(member.path)
+        weight = full_weight(module).cpu()
+        weight = weight.T if isinstance(module, nn.Embedding) else weight
+        parts.append(weight[member.index].flatten(1))
+    return torch.cat(parts, dim=1)
+
+
+def _scales(model: nn.Module, group: Group) -> Tensor | None:
+    found = [
+        module.weight.detach().double().cpu()[member.index].mean(1)
+        for member in group.members
+        if member.side == "through"
+        and isinstance(module := _module(model, member.path), BatchNorm)
+        and module.weight is not None
+    ]
+    return torch.stack(found, dim=1) if found else None
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    return dict(model.named_modules()).get(path)
+
+
+def _taylor(group: Group, sensitivity: Sensitivity | None) -> Tensor | None:
+    if sensitivity is None:
+        return None
+    total = torch.zeros(group.units, dtype=torch.float64)
+    for member in group.consumers:
+        if member.path in sensitivity.inputs:
+            total += sensitivity.inputs[member.path].cpu()[member.index].sum(1)
+    return total / max(sensitivity.samples, 1)

@@ -1,0 +1,80 @@
+"""Second moments of a layer's input, of a size that does not depend on how much is seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["Moments"]
+
+
+@dataclass
+class Moments:
+    """Streaming sums of rows and of their products, in float64.
+
+    Args:
+        total: sum of rows.
+        product: sum of outer products.
+        count: rows seen.
+    """
+
+    total: Float[Tensor, " columns"]
+    product: Float[Tensor, "columns columns"]
+    count: int = 0
+
+    @classmethod
+    def empty(cls, columns: int, device: torch.device | None = None) -> Moments:
+        """Start with nothing seen.
+
+        Args:
+            columns: width of a row.
+            device: where to sum.
+
+        Returns:
+            zeros.
+        """
+        zeros = torch.zeros(columns, dtype=torch.float64, device=device)
+        return cls(zeros, torch.zeros(columns, columns, dtype=torch.float64, device=device))
+
+    def update(self, rows: Float[Tensor, "rows columns"]) -> None:
+        """Add rows.
+
+        Args:
+            rows: any floating type; summed in float64.
+        """
+        rows = rows.detach().double()
+        self.total += rows.sum(0)
+        self.product.addmm_(rows.T, rows)
+        self.count += len(rows)
+
+    @property
+    def mean(self) -> Float[Tensor, " columns"]:
+        """Average the rows seen."""
+        return self.total / max(self.count, 1)
+
+    def second(self, *, centred: bool) -> Float[Tensor, "columns columns"]:
+        """Average the outer products.
+
+        Args:
+            centred: about the mean, so that it is the covariance.
+
+        Returns:
+            symmetric, positive semi-definite up to rounding.
+        """
+        second = self.product / max(self.count, 1)
+        return second - torch.outer(self.mean, self.mean) if centred else second
+
+    @staticmethod
+    def bytes(columns: int) -> int:
+        """Tell the memory that moments of a width take.
+
+        Args:
+            columns: width of a row.
+
+        Returns:
+            bytes.
+        """
+        return 8 * columns * (columns + 1)

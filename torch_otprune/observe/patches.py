@@ -1,0 +1,138 @@
+"""What a linear layer sees: its input as rows of a matrix, one row per output position."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from torch_otprune.structure.layers import Conv, kernel
+
+__all__ = ["columns", "full_weight", "output_rows", "pick", "positions", "rows", "supported"]
+
+
+def columns(module: nn.Module) -> int:
+    """Count the columns of a layer's design matrix: input channels times taps."""
+    width = module.in_channels if isinstance(module, Conv) else module.in_features
+    return int(width) * kernel(module)  # type: ignore[arg-type]
+
+
+def supported(module: nn.Module) -> bool:
+    """Tell whether a layer's input can be laid out in rows: dense, or a plain 1-D or 2-D convolution."""
+    if isinstance(module, nn.Linear):
+        return True
+    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and not module.transposed
+
+
+def positions(module: nn.Module, x: Tensor) -> int:
+    """Count a layer's output positions per sample for an input."""
+    if isinstance(module, nn.Linear):
+        return x[0].numel() // x.shape[-1]
+    total = 1
+    for size, k, s, p, d in _geometry(module, x):
+        total *= (size + sum(p) - d * (k - 1) - 1) // s + 1
+    return total
+
+
+def _geometry(module: nn.Module, x: Tensor) -> list[tuple[int, int, int, tuple[int, int], int]]:
+    pads = module._reversed_padding_repeated_twice  # type: ignore[union-attr]
+    sides = [(pads[2 * i], pads[2 * i + 1]) for i in range(len(pads) // 2)][::-1]  # type: ignore[index,arg-type]
+    return list(zip(x.shape[2:], module.kernel_size, module.stride, sides, module.dilation))  # type: ignore[arg-type,call-overload]
+
+
+def pick(total: int, wanted: int, path: str, seed: int) -> Tensor:
+    """Choose positions once and for all: the same for every sample, batch and rank.
+
+    Args:
+        total: positions there are.
+        wanted: positions to choose.
+        path: the layer, so that layers differ.
+        seed: the policy's seed.
+
+    Returns:
+        sorted int64 indices.
+    """
+    if wanted >= total:
+        return torch.arange(total)
+    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(path.encode()))
+    return torch.randperm(total, generator=generator)[:wanted].sort().values
+
+
+def rows(module: nn.Module, x: Tensor, at: Tensor) -> Float[Tensor, "rows columns"]:
+    """Lay a layer's input out as rows, channel by channel, tap by tap.
+
+    Args:
+        module: dense layer, or 1-D or 2-D convolution of any stride, padding and dilation.
+        x: its input.
+        at: output positions to take of every sample.
+
+    Returns:
+        `samples * len(at)` rows; the layer's output there is `rows @ full_weight.T + bias`.
+    """
+    at = at.to(x.device)
+    if isinstance(module, nn.Linear):
+        return x.reshape(len(x), -1, x.shape[-1])[:, at].flatten(0, 1)
+    if isinstance(module, nn.Conv1d):
+        return _conv_rows(x.unsqueeze(2), at, [(1, 1, 1, (0, 0), 1), *_steps(module, x)], module.padding_mode)
+    return _conv_rows(x, at, _steps(module, x), module.padding_mode)  # type: ignore[arg-type]
+
+
+def _steps(module: nn.Module, x: Tensor) -> list[tuple[int, int, int, tuple[int, int], int]]:
+    return _geometry(module, x)
+
+
+def _conv_rows(
+    x: Tensor, at: Tensor, geometry: list[tuple[int, int, int, tuple[int, int], int]], mode: str
+) -> Tensor:
+    (_, kh, sh, ph, dh), (_, kw, sw, pw, dw) = geometry
+    if any((*ph, *pw)):
+        x = F.pad(x, (*pw, *ph), mode="constant" if mode == "zeros" else mode)
+    high, wide = ((x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1)
+    sn, sc, sy, sx = x.stride()
+    windows = x.as_strided(
+        (len(x), x.shape[1], high, wide, kh, kw), (sn, sc, sy * sh, sx * sw, sy * dh, sx * dw)
+    )
+    taken = windows[:, :, at // wide, at % wide]  # samples, channels, positions, kh, kw
+    return taken.permute(0, 2, 1, 3, 4).reshape(len(x) * len(at), -1)
+
+
+def output_rows(module: nn.Module, y: Tensor, at: Tensor) -> Float[Tensor, "rows out"]:
+    """Lay a layer's output out like `rows` lays its input.
+
+    Args:
+        module: the layer.
+        y: its output, or anything of that shape.
+        at: output positions to take of every sample.
+
+    Returns:
+        `samples * len(at)` rows, one column per output channel.
+    """
+    at = at.to(y.device)
+    if isinstance(module, nn.Linear):
+        return y.reshape(len(y), -1, y.shape[-1])[:, at].flatten(0, 1)
+    return y.flatten(2)[:, :, at].transpose(1, 2).flatten(0, 1)
+
+
+def full_weight(module: nn.Module) -> Float[Tensor, "out columns"]:
+    """Write a layer's weight as one matrix, with zeros where a grouped convolution has none.
+
+    Args:
+        module: dense layer or convolution.
+
+    Returns:
+        float64.
+    """
+    weight = module.weight.detach().double()  # type: ignore[union-attr,operator]
+    if not isinstance(module, Conv) or module.groups == 1:
+        if isinstance(module, Conv) and module.transposed:
+            weight = weight.transpose(0, 1)
+        return weight.flatten(1)
+    out, each = module.out_channels, module.in_channels // module.groups
+    full = weight.new_zeros(out, module.in_channels, kernel(module))
+    for o in range(out):
+        start = o // (out // module.groups) * each
+        full[o, start : start + each] = weight[o].flatten(1)
+    return full.flatten(1)

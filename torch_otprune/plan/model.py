@@ -1,0 +1,142 @@
+"""The plan: every decision, frozen, readable, and without a tensor in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from torch_otprune.errors import PlanError
+from torch_otprune.policy import Policy
+
+__all__ = ["Cost", "Cut", "Plan", "Refusal", "Slice"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Slice(_Frozen):
+    """What one module keeps along one side."""
+
+    path: str = Field(description="module path, or `module.parameter` for a bare parameter")
+    side: Literal["out", "in", "through"] = Field(description="which side is cut")
+    size: int = Field(gt=0, description="channels along that side before the cut")
+    keep: tuple[int, ...] = Field(min_length=1, description="sorted channel indices that stay")
+
+
+class Cut(_Frozen):
+    """One group's decision: which units stay, why, and what that is predicted to cost."""
+
+    group: str = Field(description="path of the group's first producer")
+    rule: int = Field(ge=0, description="index of the rule in the policy that decided it")
+    units: int = Field(gt=0, description="units before the cut")
+    keep: tuple[int, ...] = Field(min_length=1, description="sorted unit indices that stay")
+    criterion: str = Field(description="what ranked the units")
+    reason: str = Field(description="one sentence")
+    error: float = Field(ge=0, description="predicted relative error at the consumers")
+    slices: tuple[Slice, ...] = Field(description="the same cut, module by module")
+
+
+class Refusal(_Frozen):
+    """Channels that cannot be cut, and why."""
+
+    group: str
+    reason: str
+    fix: str
+
+
+class Cost(_Frozen):
+    """A cost before and after."""
+
+    before: int = Field(ge=0)
+    after: int = Field(ge=0)
+
+    @property
+    def ratio(self) -> float:
+        """Divide after by before: the fraction kept."""
+        return self.after / self.before if self.before else 1.0
+
+
+class Plan(_Frozen):
+    """All decisions for one model; JSON in and out loses nothing.
+
+    Example:
+        >>> Cost(before=200, after=100).ratio
+        0.5
+    """
+
+    version: Literal[1] = 1
+    policy: Policy
+    fingerprint: str = Field(description="hash of the dense model's tensor names, shapes and types")
+    calibration: str = Field(description="hash of the statistics that decided, or `none`")
+    samples: int = Field(ge=0, description="calibration samples seen")
+    cuts: tuple[Cut, ...]
+    refused: tuple[Refusal, ...] = ()
+    params: Cost
+    macs: Cost
+    notes: tuple[str, ...] = Field(default=(), description="what the allocation wants you to know")
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        """Hash the canonical JSON: equal plans have equal hashes on every machine.
+
+        Returns:
+            64 hexadecimal digits.
+        """
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Write canonical JSON: sorted keys, no spaces to disagree about.
+
+        Returns:
+            one line.
+        """
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote.
+
+        Args:
+            text: JSON.
+
+        Returns:
+            the same plan.
+
+        Raises:
+            PlanError: if the text is no plan.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValueError as error:
+            raise PlanError(
+                f"this is no plan: {str(error).splitlines()[0]}.",
+                where="Plan.from_json",
+                fix="pass the text that Plan.to_json wrote, with the same library version.",
+            ) from error
+
+    def keep(self) -> dict[str, int]:
+        """Count the kept units of every cut group."""
+        return {cut.group: len(cut.keep) for cut in self.cuts}
+
+    def __str__(self) -> str:
+        """Print every cut, its reason and its price, then the totals."""
+        return _table(self)
+
+
+def _table(plan: Plan) -> str:
+    rows = [("group", "units", "keep", "error", "reason")]
+    rows += [
+        (c.group, str(c.units), str(len(c.keep)), f"{c.error:.3f}", c.reason) for c in plan.cuts
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[4]]) for row in rows]
+    for name, cost in (("params", plan.params), ("macs", plan.macs)):
+        lines.append(f"{name}: {cost.before:,} -> {cost.after:,} ({cost.ratio:.1%} kept)")
+    lines += [f"refused {r.group}: {r.reason}" for r in plan.refused]
+    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+

@@ -1,0 +1,26 @@
+"""What the user declares: policies, rules, budgets, and the tables they draw from."""
+
+from torch_otprune.policy.amount import Amount
+from torch_otprune.policy.declare import policy_of, prunable
+from torch_otprune.policy.model import Budget, Calibration, Channels, Policy, Rule
+from torch_otprune.policy.registry import CRITERIA, REPAIRS, RULES, Setting, Table
+from torch_otprune.policy.targets import match, module_classes, owner
+
+__all__ = [
+    "CRITERIA",
+    "REPAIRS",
+    "RULES",
+    "Amount",
+    "Budget",
+    "Calibration",
+    "Channels",
+    "Policy",
+    "Rule",
+    "Setting",
+    "Table",
+    "match",
+    "module_classes",
+    "owner",
+    "policy_of",
+    "prunable",
+]

@@ -1,0 +1,211 @@
+"""Refit every consumer, front to back, to what the dense network would have written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from torch_otprune.observe.patches import columns, full_weight, output_rows, pick, positions, rows, supported
+from torch_otprune.repair.base import Note, Patient, Repair, register
+from torch_otprune.repair.lockstep import Lockstep, Pause, Site
+from torch_otprune.repair.solve import Fit, Normal, solve
+from torch_otprune.structure.layers import BatchNorm, Conv
+from torch_otprune.surgery.cut import put_
+
+__all__ = ["LeastSquares"]
+
+
+@register
+class LeastSquares(Repair):
+    """Refit the weights of every layer that lost inputs, on all taps at once.
+
+    Layers are taken in order of execution. A layer's inputs come from the already repaired
+    prefix, its targets from the dense network; where its output is added to a stream, the target
+    includes what the stream has drifted, so that later blocks correct earlier ones. The ridge
+    pulls towards the old weights and is chosen on held-out rows. Everything is in float64.
+
+    Limits: needs a few rows per column of the layer; layers that run more than once per forward
+    pass, transposed and 3-D convolutions are left alone and noted.
+
+    Source: He et al. 2017 (channel pruning), section 3.2, for the refit; sequential inputs as in
+    their section 3.3; ridge towards the old weights, chosen by hold-out, and the drift of the
+    stream in the target are ours.
+    """
+
+    kind: Literal["least_squares"] = "least_squares"
+    ridge: float | None = Field(
+        default=None, gt=0, description="share of the mean squared column; chosen by hold-out if null"
+    )
+    rows_per_column: int = Field(default=16, ge=1, description="rows wanted per column of a layer")
+    drift: bool = Field(default=True, description="whether targets make up for the stream's drift")
+    scope: Literal["consumers", "all"] = Field(
+        default="consumers", description="refit layers that lost inputs, or every layer behind the first"
+    )
+
+    def apply_(self, patient: Patient) -> tuple[Note, ...]:
+        """Walk both models side by side and refit site by site."""
+        sites, notes = self._sites(patient)
+        worker = _Refit(self, patient, len(sites), notes)
+        if sites:
+            with Lockstep(patient.dense, patient.small, patient.batches, sites) as walk:
+                walk.play(worker.mend)
+        return tuple(notes)
+
+    def _sites(self, patient: Patient) -> tuple[list[Site], list[Note]]:
+        hit = {s.path for c in patient.cuts for s in c.slices if s.side == "in"}
+        first = min((patient.graph.order.index(p) for p in hit), default=0)
+        wanted = set(patient.graph.order[first:]) if self.scope == "all" else hit
+        sites, notes = [], []
+        for path in (p for p in patient.graph.order if p in wanted):
+            if why := _unfit(patient, path):
+                notes.append(Note(self.kind, path, 1.0, 1.0, accepted=False, text=why))
+            else:
+                sites.append(Site(path, patient.graph.tails[path]))
+        return sites, notes
+
+
+def _unfit(patient: Patient, path: str) -> str:
+    module = patient.small.get_submodule(path)
+    if path in patient.graph.repeated:
+        return "runs more than once per forward pass"
+    if not supported(module) or path not in patient.graph.tails:
+        return f"a {type(module).__name__} is not refitted"
+    return ""
+
+
+@dataclass
+class _Refit:
+    """The work at one site after the other."""
+
+    setting: LeastSquares
+    patient: Patient
+    total: int
+    notes: list[Note]
+    done: int = 0
+
+    def mend(self, site: Site, pauses: list[tuple[Pause, Pause]]) -> None:
+        module = self.patient.small.get_submodule(site.path)
+        old, offset = _old(module, self._absorbs(site.path))
+        fit, held = self._normal(module, site, pauses, offset)
+        parts = [
+            (c, o, solve(fit.part(c, o), held.part(c, o), old[c][:, o], ridge=self.setting.ridge))
+            for c, o in _blocks(module, offset)
+        ]
+        before, after = (_mean(parts, fit, held, name) for name in ("before", "after"))
+        worse = _mean(parts, fit, held, "held_after") > _mean(parts, fit, held, "held_before")
+        accepted = not worse and after <= before
+        if accepted:
+            new = old.clone()
+            for c, o, part in parts:
+                new[c[:, None], o] = part.weight
+            self._write(module, site.path, new, old, offset=offset)
+        text = "" if accepted else "the refit does worse on held-out rows"
+        self.notes.append(Note(self.setting.kind, site.path, before, after if accepted else before, accepted, text))
+        self.done += 1
+        self.patient.progress("least_squares", self.done, self.total)
+
+    def _absorbs(self, path: str) -> bool:
+        bias = getattr(self.patient.small.get_submodule(path), "bias", None)
+        return bias is not None or self.patient.norm_behind(path) is not None
+
+    def _normal(
+        self, module: nn.Module, site: Site, pauses: list[tuple[Pause, Pause]], offset: bool
+    ) -> tuple[Normal, Normal]:
+        x = pauses[0][1].inputs
+        samples = sum(len(small.inputs) for _, small in pauses)
+        wanted = ceil(self.setting.rows_per_column * columns(module) / samples)
+        at = pick(positions(module, x), max(wanted, 16), site.path, self.patient.seed + 1)
+        out = len(module.weight) if not isinstance(module, Conv) else module.out_channels  # type: ignore[arg-type]
+        width = columns(module) + offset
+        fit, held = Normal.empty(width, out, x.device), Normal.empty(width, out, x.device)
+        for dense, small in pauses:
+            design = rows(module, small.inputs, at).double()
+            if offset:
+                design = torch.cat([design, design.new_ones(len(design), 1)], dim=1)
+            target = self._target(site, dense, small, at)
+            # whole samples are held out: rows of one image resemble each other
+            owner = torch.arange(len(design), device=design.device) // len(at)
+            last = owner % 8 == 7  # noqa: PLR2004  every eighth sample
+            fit.update(design[~last], target[~last])
+            held.update(design[last], target[last])
+        return fit, held
+
+    def _target(self, site: Site, dense: Pause, small: Pause, at: Tensor) -> Tensor:
+        module = self.patient.small.get_submodule(site.path)
+        assert dense.output is not None
+        y = output_rows(module, dense.output, at).double()
+        kept = self.patient.kept(site.path)
+        y = y if kept is None else y[:, kept.to(y.device)]
+        if isinstance(module, nn.Linear | Conv) and module.bias is not None and not self._absorbs(site.path):
+            y = y - module.bias.detach().double()
+        drift = dense.stream is not None and small.stream is not None and kept is None
+        if self.setting.drift and drift and dense.stream.shape == dense.output.shape:  # type: ignore[union-attr]
+            moved = dense.stream.double() - small.stream.double()  # type: ignore[union-attr]
+            y = y + output_rows(module, moved, at) * self._gain(site.path)
+        return y
+
+    def _gain(self, path: str) -> Tensor | float:
+        """Undo the scale of the batch-norm between a layer and the stream."""
+        norm = self.patient.norm_behind(path)
+        if not isinstance(norm, BatchNorm) or norm.running_var is None:
+            return 1.0
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.detach().double()
+        floor = 1e-3 * scale.abs().max()
+        return torch.where(scale.abs() > floor, 1 / scale, torch.zeros_like(scale))
+
+    def _write(self, module: nn.Module, path: str, new: Tensor, old: Tensor, *, offset: bool) -> None:
+        if offset:
+            norm = self.patient.norm_behind(path)
+            if getattr(module, "bias", None) is not None:
+                put_(module, "bias", new[-1])
+            elif norm is not None:
+                put_(norm, "running_mean", norm.running_mean.double() - (new[-1] - old[-1]))  # type: ignore[union-attr,operator]
+            new = new[:-1]
+        put_(module, "weight", _shaped(module, new.T))
+
+
+def _old(module: nn.Module, offset: bool) -> tuple[Tensor, bool]:
+    """Write the present weight as columns x out, the intercept last."""
+    weight = full_weight(module).T
+    if not offset:
+        return weight, False
+    bias = module.bias.detach().double() if module.bias is not None else weight.new_zeros(weight.shape[1])  # type: ignore[union-attr,operator]
+    return torch.cat([weight, bias[None]]), True
+
+
+def _blocks(module: nn.Module, offset: bool) -> list[tuple[Tensor, Tensor]]:
+    """List the columns and outputs of each group of a grouped convolution."""
+    width = columns(module)
+    if not isinstance(module, Conv) or module.groups == 1:
+        out = module.out_channels if isinstance(module, Conv) else module.out_features
+        return [(torch.arange(width + offset), torch.arange(int(out)))]  # type: ignore[arg-type]
+    groups = module.groups
+    parts = zip(torch.arange(width).chunk(groups), torch.arange(module.out_channels).chunk(groups))
+    extra = torch.tensor([width] * offset, dtype=torch.int64)
+    return [(torch.cat([c, extra]), o) for c, o in parts]
+
+
+def _shaped(module: nn.Module, full: Tensor) -> Tensor:
+    """Give a full matrix the shape of the layer's weight."""
+    shape = module.weight.shape  # type: ignore[union-attr]
+    if not isinstance(module, Conv) or module.groups == 1:
+        return full.reshape(shape)  # type: ignore[arg-type]
+    each = full.shape[1] // module.groups
+    per = full.shape[0] // module.groups
+    pieces = [full[g * per : (g + 1) * per, g * each : (g + 1) * each] for g in range(module.groups)]
+    return torch.cat(pieces).reshape(shape)  # type: ignore[arg-type]
+
+
+def _mean(parts: list[tuple[Tensor, Tensor, Fit]], fit: Normal, held: Normal, name: str) -> float:
+    """Average a relative error over the groups of a layer, by the power of their targets."""
+    power = (held.power if name.startswith("held") else fit.power + held.power).cpu()
+    weights = [float(power[o].sum()) for _, o, _ in parts]
+    total = max(sum(weights), 1e-300)
+    return sum(w * float(getattr(p, name)) for w, (_, _, p) in zip(weights, parts)) / total

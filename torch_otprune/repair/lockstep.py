@@ -1,0 +1,256 @@
+"""Two models, all batches, side by side: stop at every site, mend it, go on.
+
+A sequential repair needs each layer's input from the already repaired prefix. Running the model
+anew for every layer would cost time quadratic in depth. Here each batch is run once, in a thread
+of its own that stops at the sites; the conductor lets one thread run at a time, so the order of
+all operations is fixed. Time is one forward pass of each model; memory is the activations of one
+layer for all calibration samples, twice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from torch_otprune.structure.forward import evaluating, run
+from torch_otprune.structure.graph import Tail
+from torch_otprune.structure.probe import ADDITIONS
+
+__all__ = ["Lockstep", "Pause", "Site"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer to be mended.
+
+    Args:
+        path: the layer.
+        tail: what its output passes next.
+    """
+
+    path: str
+    tail: Tail
+
+
+@dataclass
+class Pause:
+    """What one batch shows at one site.
+
+    Args:
+        path: the site.
+        inputs: the layer's input.
+        output: the layer's output, before the tail.
+        stream: what the tail's output is about to be added to; None where it is not added.
+    """
+
+    path: str
+    inputs: Tensor
+    output: Tensor | None
+    stream: Tensor | None
+
+
+class Lockstep:
+    """Walk a dense and a smaller model through all batches, site by site.
+
+    Args:
+        dense: the reference.
+        small: the model being mended.
+        batches: calibration batches.
+        sites: layers to stop at, in order of execution; each runs once per forward pass.
+    """
+
+    def __init__(
+        self, dense: nn.Module, small: nn.Module, batches: Sequence[Any], sites: Sequence[Site]
+    ) -> None:
+        self.sites = sites
+        self.pair = (_Cast(dense, sites, wait=False), _Cast(small, sites, wait=True))
+        self.walkers = [tuple(_Walker(cast, batch) for cast in self.pair) for batch in batches]
+        self.models = (dense, small)
+
+    def __enter__(self) -> Lockstep:
+        self.stack = ExitStack()
+        for model, cast in zip(self.models, self.pair):
+            self.stack.enter_context(evaluating(model))
+            cast.attach()
+            self.stack.callback(cast.remove)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for pair in self.walkers:
+            for walker in pair:
+                walker.abandon()
+        self.stack.close()
+
+    def play(self, mend: Callable[[Site, list[tuple[Pause, Pause]]], None]) -> list[tuple[Any, Any]]:
+        """Stop everywhere in turn and let `mend` write the small model's layer.
+
+        Args:
+            mend: called once per site with the pauses of every batch, dense and small.
+
+        Returns:
+            the outputs of both models for every batch.
+        """
+        for site in self.sites:
+            pauses = [(dense.advance(), small.advance()) for dense, small in self.walkers]
+            mend(site, pauses)
+        for pair in self.walkers:
+            for walker in pair:
+                walker.advance()
+        return [(dense.result, small.result) for dense, small in self.walkers]
+
+
+class _Walker:
+    """One batch on its way through one model, in a thread that runs only when told to."""
+
+    def __init__(self, cast: _Cast, batch: Any) -> None:
+        self.cast, self.batch = cast, batch
+        self.go, self.stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self.pause: Pause | None = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.left = False
+        self.thread: threading.Thread | None = None
+
+    def advance(self) -> Pause:
+        """Run to the next site, or to the end."""
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._walk, daemon=True)
+            self.thread.start()
+        self.pause = None
+        self.go.release()
+        self.stopped.acquire()
+        if self.error is not None:
+            raise self.error
+        return self.pause  # type: ignore[return-value]
+
+    def stop(self, pause: Pause) -> None:
+        """Wait, inside the walking thread, for the conductor."""
+        self.pause = pause
+        self.stopped.release()
+        self.go.acquire()
+        if self.left:
+            raise _Abandoned
+
+    def abandon(self) -> None:
+        """End the thread wherever it waits."""
+        if self.thread is not None and self.thread.is_alive():
+            self.left = True
+            self.go.release()
+            self.thread.join()
+
+    def _walk(self) -> None:
+        self.go.acquire()
+        try:
+            if not self.left:
+                with torch.no_grad(), _Additions(self):
+                    self.cast.here.walker = self
+                    self.result = run(self.cast.model, self.batch)
+        except _Abandoned:
+            pass  # the conductor gave up and has its own error to raise
+        except BaseException as error:  # noqa: BLE001  handed to the conductor, who raises it
+            self.error = error
+        self.stopped.release()
+
+
+class _Abandoned(BaseException):
+    """Unwinds a walking thread."""
+
+
+class _Cast:
+    """One model's hooks, shared by all its walkers."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], *, wait: bool) -> None:
+        self.model, self.sites, self.wait = model, sites, wait
+        self.here = threading.local()
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def attach(self) -> None:
+        for site in self.sites:
+            module = self.model.get_submodule(site.path)
+            if site.tail.added:
+                ends = site.tail.modules[-1:] or (site.path,)
+                self.handles.append(module.register_forward_hook(_Note(self, site)))
+                last = self.model.get_submodule(ends[0])
+                self.handles.append(last.register_forward_hook(_Expect(self, site)))
+            elif self.wait:
+                self.handles.append(module.register_forward_pre_hook(_StopBefore(self, site)))
+            else:
+                self.handles.append(module.register_forward_hook(_StopAfter(self, site)))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def again(self, site: Site, inputs: Tensor) -> Tensor:
+        """Compute a site and its tail anew, with the weights as they are now."""
+        out = self.model.get_submodule(site.path).forward(inputs)
+        for name in site.tail.modules:
+            out = self.model.get_submodule(name).forward(out)
+        return out  # type: ignore[no-any-return]
+
+
+@dataclass
+class _Hook:
+    cast: _Cast
+    site: Site
+
+
+class _StopBefore(_Hook):
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.cast.here.walker.stop(Pause(self.site.path, inputs[0], None, None))
+
+
+class _StopAfter(_Hook):
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
+        self.cast.here.walker.stop(Pause(self.site.path, inputs[0], out, None))
+
+
+class _Note(_Hook):
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
+        self.cast.here.noted = (inputs[0], out)
+
+
+class _Expect(_Hook):
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
+        self.cast.here.expected = (out, self.site)
+
+
+class _Additions(TorchFunctionMode):
+    """Catch the addition of a site's output to its stream, just before it happens."""
+
+    def __init__(self, walker: _Walker) -> None:
+        super().__init__()
+        self.walker = walker
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        expected = getattr(self.walker.cast.here, "expected", None)
+        if expected is not None and function in ADDITIONS:
+            args = self._meet(args, *expected)
+        return function(*args, **(kwargs or {}))
+
+    def _meet(self, args: Any, out: Tensor, site: Site) -> Any:
+        place = next((i for i, a in enumerate(args[:2]) if a is out), None)
+        if place is None:
+            return args
+        cast = self.walker.cast
+        inputs, before = cast.here.noted
+        cast.here.expected = cast.here.noted = None
+        stream = args[1 - place]
+        self.walker.stop(Pause(site.path, inputs, before, stream if isinstance(stream, Tensor) else None))
+        if not cast.wait:
+            return args
+        return tuple(cast.again(site, inputs) if i == place else a for i, a in enumerate(args))

@@ -1,0 +1,162 @@
+"""The report as one HTML page that needs no network, and its files."""
+
+from __future__ import annotations
+
+import base64
+import os
+import uuid
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch_otprune.errors import OTPruneError
+from torch_otprune.report.pictures import draw
+from torch_otprune.report.table import layer_rows, total_rows
+from torch_otprune.report.words import error
+
+if TYPE_CHECKING:
+    from torch_otprune.report.model import Report
+
+__all__ = ["page", "write"]
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #30343b; max-width: 60rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+img { max-width: 100%; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; }
+th, td { padding: 0.25rem 0.8rem 0.25rem 0; text-align: left; vertical-align: top;
+         border-bottom: 1px solid #eceef2; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
+                       white-space: nowrap; }
+li { margin: 0.2rem 0; } code { font-size: 0.85rem; overflow-wrap: anywhere; }
+"""
+
+
+def write(report: Report, directory: Path) -> Path:
+    """Write JSON, page and pictures, each aside and then in place.
+
+    Args:
+        report: what was measured.
+        directory: made if it does not exist.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        OTPruneError: if the directory cannot be written.
+    """
+    pictures = draw(report)
+    files = {f"{name}.png": data for name, data in pictures.items()}
+    files["report.json"] = report.to_json().encode()
+    files["report.html"] = page(report, pictures).encode()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            _replace(directory / name, data)
+    except OSError as problem:
+        raise OTPruneError(
+            f"the report cannot be written: {problem.strerror}.",
+            where=str(directory),
+            fix="pass a directory that you may write to.",
+        ) from problem
+    return directory / "report.html"
+
+
+def _replace(path: Path, data: bytes) -> None:
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def page(report: Report, pictures: dict[str, bytes]) -> str:
+    """Write the report as one page.
+
+    Args:
+        report: what was measured.
+        pictures: name to PNG.
+
+    Returns:
+        HTML with everything inside.
+    """
+    parts = [
+        "<h1>What the pruning did</h1>",
+        _list(report.verdicts),
+        _table(("", "dense", "pruned", "kept"), total_rows(report)),
+        *(_picture(name, data) for name, data in pictures.items()),
+        *_details(report),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>Pruning report</title><style>{_STYLE}</style></head>\n<body>"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _details(report: Report) -> list[str]:
+    plan, parts = report.plan, []
+    if plan.cuts:
+        rows = [
+            (c.group, str(c.units), str(len(c.keep)), error(c.error), c.reason) for c in plan.cuts
+        ]
+        head = ("group", "units", "kept", "predicted error", "why")
+        parts += ["<h2>Cuts</h2>", _table(head, rows, numbers=(1, 2, 3))]
+    if report.layers:
+        head3 = ("layer", "error before repair", "after")
+        parts += ["<h2>Layers</h2>", _table(head3, layer_rows(report.layers))]
+    if report.repairs:
+        parts += ["<h2>Repairs</h2>", _repairs(report)]
+    if plan.refused:
+        parts += ["<h2>Not cut</h2>", _list(f"{r.group}: {r.reason}" for r in plan.refused)]
+    if plan.notes:
+        parts += ["<h2>Notes on the plan</h2>", _list(plan.notes)]
+    return [*parts, "<h2>How this was made</h2>", _origin(report)]
+
+
+def _repairs(report: Report) -> str:
+    outcome = {True: "kept", False: "refused"}
+    rows = [
+        (n.site, n.kind, error(n.before), error(n.after), outcome[n.accepted], n.note)
+        for n in report.repairs
+    ]
+    head = ("layer", "repair", "error before", "after", "", "note")
+    return _table(head, rows, numbers=(2, 3))
+
+
+def _origin(report: Report) -> str:
+    rows = [("plan", report.plan_hash), ("calibration samples", str(report.plan.samples))]
+    rows += [(f"time for {stage}", f"{time:.2f} s") for stage, time in report.seconds.items()]
+    rows += list(report.environment.items())
+    return _table(("", ""), rows, numbers=())
+
+
+def _picture(name: str, data: bytes) -> str:
+    inline = base64.b64encode(data).decode()
+    return f'<p><img alt="{escape(name)}" src="data:image/png;base64,{inline}"></p>'
+
+
+def _list(sentences: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in sentences) + "</ul>"
+
+
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] | None = None
+) -> str:
+    right = set(range(1, len(head)) if numbers is None else numbers)
+    lines = [_row(row, "td", right) for row in rows]
+    if any(head):
+        lines.insert(0, _row(head, "th", right))
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _row(cells: Sequence[str], tag: str, right: set[int]) -> str:
+    opened = (f'{tag} class="number"' if i in right else tag for i in range(len(cells)))
+    inner = (f"<{o}>{escape(cell)}</{tag}>" for o, cell in zip(opened, cells, strict=True))
+    return f"<tr>{''.join(inner)}</tr>"

@@ -1,0 +1,12 @@
+"""A pruned model on disk: its weights, its plan, and no pickle.
+
+A directory holds `model.safetensors` (every tensor once) and `plan.json` (how to get from the
+factory's dense model to these tensors, and how to tell that nothing was swapped).
+"""
+
+from torch_otprune.store.files import Saved
+from torch_otprune.store.plans import PLANS, forget, plan_of, remember
+from torch_otprune.store.read import load
+from torch_otprune.store.write import save
+
+__all__ = ["PLANS", "Saved", "forget", "load", "plan_of", "remember", "save"]

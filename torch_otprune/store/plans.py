@@ -1,0 +1,58 @@
+"""Which plan pruned which living model."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import nn
+
+from torch_otprune.errors import PlanError
+from torch_otprune.plan.model import Plan
+
+__all__ = ["PLANS", "forget", "plan_of", "remember"]
+
+PLANS: dict[int, tuple[weakref.ref[nn.Module], Plan]] = {}
+"""The plan of every living pruned model, by identity: the module itself carries no mark."""
+
+
+def remember(model: nn.Module, plan: Plan) -> None:
+    """Note that a model was pruned by a plan, for as long as the model lives.
+
+    Args:
+        model: the pruned model; a copy of it is not remembered.
+        plan: what was carried out on it.
+    """
+    key = id(model)
+    PLANS[key] = (weakref.ref(model, lambda _: PLANS.pop(key, None)), plan)
+
+
+def forget(model: nn.Module) -> None:
+    """Undo `remember`, when the model is dense again.
+
+    Args:
+        model: any module.
+    """
+    PLANS.pop(id(model), None)
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """Look up the plan that pruned a model.
+
+    Args:
+        model: a pruned model.
+
+    Returns:
+        its plan.
+
+    Raises:
+        PlanError: if this object was not pruned or loaded in this process.
+    """
+    found = PLANS.get(id(model))
+    if found is None or found[0]() is not model:
+        raise PlanError(
+            f"no plan is known for this {type(model).__name__}: it was not pruned in this "
+            "process, was undone, or is a copy.",
+            where="torch_otprune.store.plan_of",
+            fix="pass the plan yourself: otp.save(model, directory, plan=report.plan).",
+        )
+    return found[1]

@@ -1,0 +1,25 @@
+"""Model and example in, units that live or die together out."""
+
+from torch_otprune.structure.forward import batch_size, evaluating, flat_tensors, head, map_tensors, run
+from torch_otprune.structure.graph import Blocked, CostModel, Dim, Graph, Group, Member, Side, Tail, Term
+from torch_otprune.structure.trace import check, trace
+
+__all__ = [
+    "Blocked",
+    "CostModel",
+    "Dim",
+    "Graph",
+    "Group",
+    "Member",
+    "Side",
+    "Tail",
+    "Term",
+    "batch_size",
+    "check",
+    "evaluating",
+    "flat_tensors",
+    "head",
+    "map_tensors",
+    "run",
+    "trace",
+]

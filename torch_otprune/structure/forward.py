@@ -1,0 +1,129 @@
+"""How a model is run on a batch, whatever shape the batch has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["batch_size", "evaluating", "flat_tensors", "head", "map_tensors", "run"]
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Call the model on one batch.
+
+    A mapping is passed as keywords, as far as `forward` names them; of a tuple or list, as
+    many leading elements as `forward` has positional parameters, so that `(images, labels)`
+    feeds the images; anything else is the only argument.
+
+    Args:
+        model: any module.
+        batch: tensor, tuple, list, mapping, or a Transformers batch.
+
+    Returns:
+        what the model returns.
+    """
+    if isinstance(batch, Mapping):
+        return model(**_named(model, batch))
+    if isinstance(batch, (tuple, list)):
+        return model(*batch[: _positional(model, len(batch))])
+    return model(batch)
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(model.forward).parameters.values())
+
+
+def _positional(model: nn.Module, given: int) -> int:
+    parameters = _parameters(model)
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return given
+    return sum(p.kind in _POSITIONAL for p in parameters)
+
+
+def _named(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = _parameters(model)
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return dict(batch)
+    names = {p.name for p in parameters}
+    return {key: value for key, value in batch.items() if key in names}
+
+
+def map_tensors(tree: Any, function: Any) -> Any:
+    """Apply a function to every tensor of a nested batch and keep the nesting."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(value, function) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a named tuple
+        return type(tree)(*(map_tensors(value, function) for value in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_tensors(value, function) for value in tree)
+    return tree
+
+
+def flat_tensors(tree: Any) -> list[Tensor]:
+    """List the tensors of a nested output in order."""
+    found: list[Tensor] = []
+    map_tensors(vars(tree) if _is_record(tree) else tree, lambda t: found.append(t) or t)
+    return found
+
+
+def _is_record(tree: Any) -> bool:
+    return hasattr(tree, "__dataclass_fields__") and not isinstance(tree, Mapping)
+
+
+def batch_size(batch: Any) -> int:
+    """Read the number of samples: the length of the first tensor's first axis.
+
+    Args:
+        batch: as for `run`.
+
+    Returns:
+        at least 1.
+    """
+    for tensor in flat_tensors(batch):
+        if tensor.dim():
+            return len(tensor)
+    return 1
+
+
+def head(batch: Any, samples: int) -> Any:
+    """Keep the first samples of a batch.
+
+    Args:
+        batch: as for `run`.
+        samples: how many to keep.
+
+    Returns:
+        the same nesting; tensors whose first axis is not the batch's stay whole.
+    """
+    size = batch_size(batch)
+    return map_tensors(batch, lambda t: t[:samples] if t.dim() and len(t) == size else t)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and back; the random state is left as it was.
+
+    Args:
+        model: any module.
+
+    Yields:
+        nothing.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode

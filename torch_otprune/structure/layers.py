@@ -1,0 +1,100 @@
+"""The layers that can be cut: which axes of which tensors carry their channels."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import nn
+
+from torch_otprune.structure.graph import Side
+
+__all__ = [
+    "NORMS",
+    "axes",
+    "channels",
+    "is_depthwise",
+    "is_linear",
+    "kernel",
+    "widths_of",
+]
+
+Conv = nn.modules.conv._ConvNd
+BatchNorm = nn.modules.batchnorm._BatchNorm
+InstanceNorm = nn.modules.instancenorm._InstanceNorm
+NORMS = (BatchNorm, InstanceNorm, nn.GroupNorm)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Tell whether a convolution carries its channels one to one."""
+    return (
+        isinstance(module, Conv)
+        and module.groups == module.in_channels == module.out_channels
+        and module.out_channels > 1
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module mixes channels linearly: a dense layer or a convolution."""
+    return isinstance(module, (Conv, nn.Linear)) and not is_depthwise(module)
+
+
+def channels(module: nn.Module, side: Side) -> int | None:
+    """Count the channels along one side; None where the module has no such side."""
+    if isinstance(module, Conv):
+        return module.in_channels if side == "in" else module.out_channels
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "in" else module.out_features
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim if side == "out" else None
+    if isinstance(module, (BatchNorm, InstanceNorm)):
+        return module.num_features
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters if module.num_parameters > 1 else None
+    return None
+
+
+def axes(module: nn.Module, side: Side) -> tuple[tuple[str, int], ...]:
+    """List the tensors, and the axis of each, that a side's channels run along.
+
+    Args:
+        module: a layer that `channels` knows.
+        side: which of its sides.
+
+    Returns:
+        pairs of tensor name and axis; absent tensors (no bias) are left out.
+    """
+    found: tuple[tuple[str, int], ...]
+    if isinstance(module, Conv):
+        out, into = (1, 0) if module.transposed else (0, 1)
+        found = (("weight", into),) if side == "in" else (("weight", out), ("bias", 0))
+        if is_depthwise(module):
+            found = (("weight", 0), ("bias", 0))
+    elif isinstance(module, nn.Linear):
+        found = (("weight", 1),) if side == "in" else (("weight", 0), ("bias", 0))
+    elif isinstance(module, nn.Embedding):
+        found = (("weight", 1),)
+    else:
+        found = tuple((n, 0) for n in ("weight", "bias", "running_mean", "running_var"))
+    return tuple((n, a) for n, a in found if getattr(module, n, None) is not None)
+
+
+def widths_of(module: nn.Module, side: Side) -> tuple[str, ...]:
+    """Name the integer attributes that must follow when a side is cut."""
+    if isinstance(module, Conv):
+        if is_depthwise(module):
+            return ("in_channels", "out_channels", "groups")
+        return ("in_channels",) if side == "in" else ("out_channels",)
+    if isinstance(module, nn.Linear):
+        return ("in_features",) if side == "in" else ("out_features",)
+    if isinstance(module, nn.Embedding):
+        return ("embedding_dim",)
+    if isinstance(module, nn.GroupNorm):
+        return ("num_channels",)
+    return ("num_parameters",) if isinstance(module, nn.PReLU) else ("num_features",)
+
+
+def kernel(module: nn.Module) -> int:
+    """Count the taps of one input channel: the kernel's size, 1 for a dense layer."""
+    return prod(module.kernel_size) if isinstance(module, Conv) else 1

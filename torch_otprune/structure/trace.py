@@ -1,0 +1,205 @@
+"""From a model and an example to the graph of what can be cut."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_otprune.errors import StructureError
+from torch_otprune.structure.costs import cost_models
+from torch_otprune.structure.depgraph import Component, components
+from torch_otprune.structure.graph import Blocked, Graph, Group, Member, Side
+from torch_otprune.structure.layers import channels
+from torch_otprune.structure.probe import Probe, probe
+
+__all__ = ["trace"]
+
+Signature = tuple[tuple[str, Side, int], ...]
+
+
+def trace(model: nn.Module, example: Any) -> Graph:
+    """Find what can be cut from a model, what cannot and why, and what each width costs.
+
+    Args:
+        model: any module with parameters; it is read, never written.
+        example: one batch, as the model takes it.
+
+    Returns:
+        the graph.
+
+    Raises:
+        StructureError: if the model has no parameters, lives on the meta device, is quantised,
+            scripted or compiled, or does not run on the example.
+    """
+    check(model)
+    shapes = tuple(name for name, _ in model.named_modules())
+    notes = _probe(model, example)
+    if shapes != tuple(name for name, _ in model.named_modules()):
+        raise StructureError(
+            "forward adds or removes modules.",
+            where=type(model).__name__,
+            fix="build every module in __init__.",
+        )
+    found = components(model, example)
+    groups, blocked = _assemble(model, found, notes)
+    costs = cost_models(model, groups, notes)
+    linear = tuple(n for n in notes.order if n in notes.positions)
+    repeated = frozenset(n for n, calls in notes.calls.items() if calls > 1)
+    return Graph(tuple(groups), tuple(blocked), notes.tails, linear, repeated, costs)
+
+
+def check(model: nn.Module) -> None:
+    """Refuse models that cannot be cut at all.
+
+    Args:
+        model: any module.
+
+    Raises:
+        StructureError: with the reason.
+    """
+    where = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise StructureError("the model is scripted.", where=where, fix="prune the eager model, then script it.")
+    if hasattr(model, "_orig_mod"):
+        raise StructureError("the model is compiled.", where=where, fix="prune the eager model, then compile it.")
+    for name, module in model.named_modules():
+        if "quantized" in type(module).__module__:
+            raise StructureError(
+                f"'{name}' is a quantised {type(module).__name__}.",
+                where=where,
+                fix="prune the float model, then quantise it.",
+            )
+    parameters = list(model.parameters())
+    if not parameters:
+        raise StructureError("the model has no parameters.", where=where, fix="pass the trained module.")
+    if any(p.is_meta for p in parameters):
+        raise StructureError(
+            "the model is on the meta device: its weights do not exist.",
+            where=where,
+            fix="materialise it with model.to_empty(device='cpu') and load its weights.",
+        )
+
+
+def _probe(model: nn.Module, example: Any) -> Probe:
+    try:
+        return probe(model, example)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(example))
+        raise StructureError(
+            f"the model does not run on the example: {str(error).splitlines()[0]}",
+            where=f"{type(model).__name__}, example of shape {shapes or type(example).__name__}",
+            fix="pass a batch as the model's forward takes it.",
+        ) from error
+
+
+def _tensors(example: Any) -> Iterable[torch.Tensor]:
+    from torch_otprune.structure.forward import flat_tensors  # noqa: PLC0415
+
+    return flat_tensors(example)
+
+
+def _assemble(
+    model: nn.Module, found: Iterable[Component], notes: Probe
+) -> tuple[list[Group], list[Blocked]]:
+    modules = dict(model.named_modules()) | dict(model.named_parameters())
+    rank = {name: i for i, name in enumerate(notes.order)}
+    families: dict[Signature, list[dict[tuple[str, Side], list[int]]]] = defaultdict(list)
+    reasons: dict[Signature, set[str]] = defaultdict(set)
+    for component in found:
+        sides = _by_side(component)
+        if not any(side == "out" for _, side in sides):
+            continue
+        key = tuple(sorted((p, s, len(i)) for (p, s), i in sides.items()))
+        families[key].append(sides)
+        reasons[key] |= component.reasons | _structural(sides, notes)
+    groups, blocked = [], []
+    for key, units in families.items():
+        members = _members(modules, key, units, rank)
+        name = _name(members)
+        tied = _tied(model, members)
+        why = sorted(reasons[key] | tied)
+        if why:
+            blocked.append(Blocked(name, tuple(m.path for m in members), "; ".join(why), _fix(why)))
+        elif len(units) > 1:
+            groups.append(Group(name, len(units), members))
+        else:
+            blocked.append(Blocked(name, tuple(m.path for m in members), "all channels are tied into one unit", "nothing: removing it removes the layer."))
+    last = len(rank)
+    groups.sort(key=lambda g: (rank.get(g.name, last), g.members[0].index[0, 0].item()))
+    return _unique(groups), blocked
+
+
+def _unique(groups: list[Group]) -> list[Group]:
+    """Tell groups of one producer apart: `a`, `a#2`, `a#3`."""
+    seen: dict[str, int] = defaultdict(int)
+    named = []
+    for group in groups:
+        seen[group.name] += 1
+        suffix = f"#{seen[group.name]}" if seen[group.name] > 1 else ""
+        named.append(Group(group.name + suffix, group.units, group.members))
+    return named
+
+
+def _by_side(component: Component) -> dict[tuple[str, Side], list[int]]:
+    sides: dict[tuple[str, Side], list[int]] = defaultdict(list)
+    for path, side, index in component.atoms:
+        sides[path, side].append(index)
+    return {key: sorted(indices) for key, indices in sides.items()}
+
+
+def _structural(sides: Mapping[tuple[str, Side], list[int]], notes: Probe) -> set[str]:
+    reasons = set()
+    if not any(side == "in" for _, side in sides):
+        reasons.add("no layer consumes them before the model's output")
+    idle = [path for path, side in sides if side != "through" and path not in notes.calls]
+    reasons |= {f"'{path}' did not run as a module on the example" for path in idle}
+    return reasons
+
+
+def _members(
+    modules: Mapping[str, Any],
+    key: Signature,
+    units: list[dict[tuple[str, Side], list[int]]],
+    rank: Mapping[str, int],
+) -> tuple[Member, ...]:
+    units = sorted(units, key=lambda sides: min((p, i) for (p, s), i in sides.items() if s == "out"))
+    members = []
+    for path, side, _ in key:
+        index = torch.tensor([sides[path, side] for sides in units])
+        module = modules[path]
+        size = channels(module, side) if isinstance(module, nn.Module) else max(module.shape)
+        members.append(Member(path, side, index, int(size or 0)))
+    last = len(rank)
+    return tuple(sorted(members, key=lambda m: (rank.get(m.path, last), m.path, m.side)))
+
+
+def _name(members: tuple[Member, ...]) -> str:
+    return next(m.path for m in members if m.side == "out")
+
+
+def _tied(model: nn.Module, members: tuple[Member, ...]) -> set[str]:
+    """Object to weights that another module shares: cutting one would leave the other."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name)
+    mine = {m.path for m in members}
+    shared = [o for o in owners.values() if len(o) > 1 and any(n.rpartition(".")[0] in mine for n in o)]
+    return {f"{' and '.join(repr(n) for n in names)} are one tensor" for names in shared}
+
+
+_FIXES = {
+    "output": "nothing, if the output's width is the task's; otherwise add a head.",
+    "pad": "replace the padding shortcut by a 1x1 convolution.",
+    "one tensor": "untie the weights.",
+}
+
+
+def _fix(reasons: list[str]) -> str:
+    for word, fix in _FIXES.items():
+        if any(word in reason for reason in reasons):
+            return fix
+    return "wrap the op in a module of its own behind a linear layer, or leave these channels."

@@ -1,0 +1,100 @@
+"""Make a model smaller: carry a plan's slices out, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from torch_otprune.errors import PlanError
+from torch_otprune.plan.model import Cut, Slice
+from torch_otprune.structure.layers import Conv, axes, channels, is_depthwise, widths_of
+
+__all__ = ["check_cuts", "cut_", "put_"]
+
+
+def cut_(model: nn.Module, cuts: Sequence[Cut]) -> None:
+    """Remove from a model what the cuts do not keep.
+
+    Every tensor is replaced, none is written: whoever holds the old ones still has them.
+
+    Args:
+        model: the dense model.
+        cuts: a plan's decisions for exactly this model.
+
+    Raises:
+        PlanError: if a slice does not fit; nothing is written then.
+    """
+    check_cuts(model, cuts)
+    for piece in (piece for cut in cuts for piece in cut.slices):
+        _slice_(model, piece)
+
+
+def check_cuts(model: nn.Module, cuts: Iterable[Cut]) -> None:
+    """Compare every slice with the module it is for.
+
+    Args:
+        model: the dense model.
+        cuts: a plan's decisions.
+
+    Raises:
+        PlanError: naming the first module that is missing or has another width.
+    """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    for piece in (piece for cut in cuts for piece in cut.slices):
+        if piece.path in modules:
+            size = channels(modules[piece.path], piece.side)
+        else:
+            size = max(parameters[piece.path].shape) if piece.path in parameters else None
+        if size != piece.size:
+            raise PlanError(
+                f"the plan cuts {piece.size} channels, the model has {size or 'no such module'}.",
+                where=f"'{piece.path}', side {piece.side}",
+                fix="apply the plan to the dense model it was made for.",
+            )
+
+
+def _slice_(model: nn.Module, piece: Slice) -> None:
+    owner, _, name = piece.path.rpartition(".")
+    keep = torch.tensor(piece.keep)
+    try:
+        module = model.get_submodule(piece.path)
+    except AttributeError:
+        parent = model.get_submodule(owner)
+        shape = getattr(parent, name).shape
+        put_(parent, name, _take(getattr(parent, name), max(i for i, s in enumerate(shape) if s > 1), keep))
+        return
+    _slice_module_(module, piece, keep)
+
+
+def _slice_module_(module: nn.Module, piece: Slice, keep: Tensor) -> None:
+    inner = keep
+    if isinstance(module, Conv) and module.groups > 1 and not is_depthwise(module) and piece.side == "in":
+        inner = torch.unique(keep % (module.in_channels // module.groups))
+    for tensor, axis in axes(module, piece.side):
+        put_(module, tensor, _take(getattr(module, tensor), axis, inner))
+    if isinstance(module, nn.GroupNorm):
+        module.num_groups = module.num_groups * len(keep) // module.num_channels
+    for attribute in widths_of(module, piece.side):
+        setattr(module, attribute, len(keep))
+
+
+def _take(tensor: Tensor, axis: int, keep: Tensor) -> Tensor:
+    return tensor.detach().index_select(axis, keep.to(tensor.device)).contiguous()
+
+
+def put_(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or buffer by a new tensor, in its own dtype and gradient flag.
+
+    Args:
+        module: who owns it.
+        name: its name there.
+        value: the new value; cast to the old dtype.
+    """
+    old = getattr(module, name)
+    value = value.detach().to(dtype=old.dtype, device=old.device)
+    if isinstance(old, nn.Parameter):
+        setattr(module, name, nn.Parameter(value, requires_grad=old.requires_grad))
+    else:
+        setattr(module, name, value)

@@ -1,0 +1,100 @@
+"""Pruned equals masked: the check that a cut computes what the dense model does without the units."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_otprune.plan.model import Cut
+from torch_otprune.structure.forward import evaluating, flat_tensors, run
+from torch_otprune.surgery.cut import cut_
+
+__all__ = ["disagreement", "gap", "masked"]
+
+
+class _Mask:
+    """A hook that zeroes the input channels that a slice drops."""
+
+    def __init__(self, keep: Sequence[int], size: int, axis: int) -> None:
+        self.mask = torch.zeros(size)
+        self.mask[list(keep)] = 1
+        self.axis = axis
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = inputs[0]
+        shape = [1] * x.dim()
+        shape[self.axis if self.axis >= 0 else x.dim() + self.axis] = -1
+        return (x * self.mask.to(x).view(shape), *inputs[1:])
+
+
+@contextmanager
+def masked(model: nn.Module, cuts: Sequence[Cut]) -> Iterator[None]:
+    """Zero, at every consumer, the channels that the cuts would remove.
+
+    Args:
+        model: the dense model.
+        cuts: a plan's decisions.
+
+    Yields:
+        nothing; the hooks are gone afterwards.
+    """
+    handles = []
+    try:
+        for piece in (piece for cut in cuts for piece in cut.slices if piece.side == "in"):
+            module = model.get_submodule(piece.path)
+            axis = -1 if isinstance(module, nn.Linear) else 1
+            handles.append(module.register_forward_pre_hook(_Mask(piece.keep, piece.size, axis)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def disagreement(model: nn.Module, cuts: Sequence[Cut], example: Any) -> float:
+    """Cut a copy and compare it with the masked original on an example.
+
+    Costs one copy of the model and two forward passes.
+
+    Args:
+        model: the dense model; left as it was.
+        cuts: a plan's decisions.
+        example: one batch.
+
+    Returns:
+        the largest difference relative to the largest output; infinity where the cut model
+        does not run or its output has another shape.
+    """
+    small = copy.deepcopy(model)
+    cut_(small, cuts)
+    with evaluating(model), torch.no_grad():
+        with masked(model, cuts):
+            expected = flat_tensors(run(model, example))
+        try:
+            with evaluating(small):
+                got = flat_tensors(run(small, example))
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return float("inf")
+    return gap(expected, got)
+
+
+def gap(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """Measure the largest difference between two lists of outputs.
+
+    Args:
+        expected: the reference.
+        got: as many tensors of the same shapes.
+
+    Returns:
+        relative to the reference's largest entry; infinity where shapes differ.
+    """
+    if [t.shape for t in expected] != [t.shape for t in got]:
+        return float("inf")
+    pairs = [(a, b) for a, b in zip(expected, got) if a.is_floating_point() and a.numel()]
+    scale = max((float(a.abs().max()) for a, _ in pairs), default=0.0)
+    worst = max((float((a - b).abs().nan_to_num(torch.inf).max()) for a, b in pairs), default=0.0)
+    return worst / scale if scale else worst

@@ -1,0 +1,60 @@
+"""The way back: everything a cut or a repair may touch, kept as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Snapshot"]
+
+_TABLES = ("_parameters", "_buffers")
+
+
+class Snapshot:
+    """A model's tensors and widths at one moment.
+
+    The old tensors themselves come back, refilled with their old values, so that an optimiser
+    that still points at them is right again. Costs one copy of the model's tensors.
+
+    Args:
+        model: the model to remember.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._records = [_Record(module) for module in model.modules()]
+
+    def restore_(self) -> None:
+        """Put every tensor, width and training flag back, bit for bit."""
+        with torch.no_grad():
+            for record in self._records:
+                record.restore_()
+
+
+class _Record:
+    """One module's share of a snapshot."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.plain: dict[str, Any] = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, (int, float, str, tuple)) and not key.startswith("_")
+        }
+        self.tensors: dict[str, dict[str, tuple[Tensor | None, Tensor | None]]] = {
+            table: {key: (t, None if t is None else t.detach().clone()) for key, t in vars(module)[table].items()}
+            for table in _TABLES
+        }
+
+    def restore_(self) -> None:
+        for table, entries in self.tensors.items():
+            live = vars(self.module)[table]
+            live.clear()
+            for key, (tensor, value) in entries.items():
+                if tensor is not None and value is not None:
+                    tensor.data = value.clone()
+                live[key] = tensor
+        for key, value in self.plain.items():
+            vars(self.module)[key] = value

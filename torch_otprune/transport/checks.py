@@ -1,0 +1,70 @@
+"""What every verb asks of its input before it computes anything."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_otprune.errors import TransportError
+
+__all__ = ["cloud", "finite", "masses", "order_of", "refuse"]
+
+
+def refuse(wrong: Tensor | bool, problem: str, *, where: str, fix: str) -> None:
+    """Raise a TransportError if something is wrong."""
+    if wrong:
+        raise TransportError(problem, where=where, fix=fix)
+
+
+def finite(x: Tensor, name: str) -> Tensor:
+    """Return x in float32 or float64, and refuse what is not a number."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    if not wide.numel() or all(end.isfinite() for end in wide.detach().aminmax()):
+        return wide
+    bad = int((~wide.detach().isfinite()).sum())
+    refuse(
+        True,
+        f"{bad} of {x.numel()} entries of {name} are NaN or infinite.",
+        where=f"argument {name}, shape {tuple(x.shape)}",
+        fix="pass finite values, for example by dropping the samples that overflowed.",
+    )
+    return wide
+
+
+def cloud(x: Tensor, name: str) -> Tensor:
+    """Check a point cloud, points x dimensions; one dimension may be left out."""
+    x = finite(x, name)
+    x = x[:, None] if x.ndim == 1 else x
+    refuse(
+        x.ndim != 2 or 0 in x.shape,
+        f"{name} of shape {tuple(x.shape)} is no point cloud.",
+        where=f"argument {name}",
+        fix="pass a matrix, points x dimensions, with at least one of each.",
+    )
+    return x
+
+
+def masses(weights: Tensor | None, like: Tensor, size: int, name: str) -> Tensor:
+    """Return non-negative weights of positive total; uniform with total 1 if there are none."""
+    if weights is None:
+        return like.new_full((*like.shape[:-2], size), 1.0 / size)
+    weights = finite(weights, name).to(like)
+    wrong = weights.shape[-1] != size or bool((weights < 0).any())
+    refuse(
+        wrong or bool((weights.sum(-1) <= 0).any()),
+        f"{name} of shape {tuple(weights.shape)} weighs no measure of {size} points.",
+        where=f"argument {name}",
+        fix="pass one non-negative weight per point, not all of them zero.",
+    )
+    return weights.expand(*like.shape[:-2], size)
+
+
+def order_of(p: float) -> float:
+    """Check the order of a distance."""
+    refuse(
+        not 1 <= p < float("inf"),
+        f"W_p needs 1 <= p < infinity, not {p}.",
+        where="argument p",
+        fix="use p=2, or p=1 where outliers matter.",
+    )
+    return float(p)

@@ -1,0 +1,108 @@
+"""The one door to pykeops: lazy, quiet, locked, and not needed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["available", "softmin_keops", "unavailable_because"]
+
+logger = logging.getLogger(__name__)
+# Concurrent reductions gave silently wrong sums in pykeops 2.3, so there is one at a time.
+LOCK = threading.RLock()
+
+
+def available() -> bool:
+    """Say whether a KeOps reduction runs here; the first call compiles one."""
+    return unavailable_because() is None
+
+
+@cache
+def unavailable_because() -> str | None:
+    """Give the reason why KeOps does not run here, or None; said once in the log."""
+    reason = _probe()
+    if reason is not None:
+        logger.warning("KeOps is not used (%s); large clouds go through torch in blocks.", reason)
+    return reason
+
+
+def softmin_keops(
+    x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], h: Float[Tensor, " m"], eps: float, p: float
+) -> Float[Tensor, " n"]:
+    """Compute -eps log sum_j exp(h_j - |x_i - y_j|^p / eps) in memory O(n + m).
+
+    Args:
+        x: sources, float32 or float64.
+        y: targets.
+        h: log weights plus scaled potentials.
+        eps: temperature, in the unit of the cost.
+        p: 1 or 2.
+
+    Returns:
+        one soft minimum per source, in the unit of the cost.
+    """
+    formula = "SqDist(X,Y)" if p == 2 else "Norm2(X-Y)"
+    return -eps * _logsumexp(formula, x, y, h, eps)
+
+
+def _logsumexp(formula: str, x: Tensor, y: Tensor, h: Tensor, eps: float) -> Tensor:
+    from_torch = _import()
+    d = x.shape[1]
+    names = [f"X=Vi({d})", f"Y=Vj({d})", "H=Vj(1)", "E=Pm(1)"]
+    key = (formula, d, x.dtype, x.device.type)
+    with LOCK, _compiling(key), contextlib.redirect_stdout(io.StringIO()):
+        sums = from_torch.generic_logsumexp(f"H-E*{formula}", "A=Vi(1)", *names)
+        args = (x.contiguous(), y.contiguous(), h[:, None].contiguous(), x.new_tensor([1 / eps]))
+        with torch.no_grad():
+            out: Tensor = sums(*args)
+    return out[:, 0]
+
+
+SEEN: set[object] = set()
+
+
+@contextlib.contextmanager
+def _compiling(key: object) -> Any:
+    """Say on stderr, once per formula and dimension, why the first call is slow."""
+    if key not in SEEN:
+        SEEN.add(key)
+        logger.info("KeOps compiles %s if it is not in the cache yet (6 to 60 s, once).", key)
+    yield
+
+
+@cache
+def _import() -> Any:
+    """Import pykeops without its printing, with a per-user cache."""
+    os.environ.setdefault("PYKEOPS_VERBOSE", "0")
+    os.environ.setdefault("KEOPS_VERBOSE", "0")
+    if "KEOPS_CACHE_FOLDER" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        folder = Path(home) / "torch_otprune" / "keops"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["KEOPS_CACHE_FOLDER"] = str(folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        import pykeops.torch
+    return pykeops.torch
+
+
+def _probe() -> str | None:
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++", os.environ.get("CXX", ""))):
+        return "no C++ compiler was found"
+    try:
+        x = torch.tensor([[0.0], [1.0]])
+        got = softmin_keops(x, x, torch.zeros(2), 1.0, 2.0)
+    except Exception as error:  # pykeops raises many kinds, and all mean the same to us
+        return f"its first reduction failed: {type(error).__name__}: {error}"
+    want = -torch.tensor([1.0, 1.0]).add(torch.exp(torch.tensor(-1.0)) - 0.0).log()
+    return None if torch.allclose(got, want, atol=1e-5) else "its first reduction was wrong"

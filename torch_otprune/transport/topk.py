@@ -1,0 +1,139 @@
+"""A soft choice of the k largest: two-point entropic transport in closed form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from torch_otprune.transport.checks import finite, refuse
+
+__all__ = ["soft_topk"]
+
+CHUNK = 2**16  # fits the cache: every pass of the root search reads memory once
+SAMPLE = 100_000
+
+
+def soft_topk(
+    scores: Float[Tensor, " n"],
+    k: float,
+    *,
+    eps: float = 0.1,
+    costs: Float[Tensor, " n"] | None = None,
+) -> Float[Tensor, " n"]:
+    """Spread a budget over entries, softly preferring the largest scores.
+
+    Args:
+        scores: what to rank, any shape, in any unit.
+        k: the budget: the sum of the mask, or of mask x costs; strictly inside its range.
+        eps: softness in the unit of the scores; towards 0 the mask becomes a hard top-k.
+        costs: positive cost of each entry, whose scores are then per unit of cost; None is 1.
+
+    Returns:
+        a mask in (0, 1) that meets the budget to rounding, with the exact gradient in `scores`.
+
+    Raises:
+        TransportError: if the budget is not strictly between nothing and everything.
+
+    Source: entropic transport onto {0, 1}: mask = logistic((score - t) / eps) with one scalar t
+    from the budget (Xie et al. 2020, in closed form); gradient by the implicit function theorem.
+
+    Example:
+        >>> soft_topk(torch.tensor([1.0, 2.0, 3.0]), 1, eps=0.01)
+        tensor([3.7835e-44, 3.7201e-44, 1.0000e+00])
+    """
+    scores = finite(scores, "scores")
+    weights = None if costs is None else finite(costs, "costs").to(scores)
+    _check(scores, k, eps, weights)
+    mask: Tensor = _SoftTopK.apply(scores, float(k), float(eps), weights)  # type: ignore[no-untyped-call]
+    return mask
+
+
+def _check(scores: Tensor, k: float, eps: float, costs: Tensor | None) -> None:
+    refuse(
+        not eps > 0,
+        f"eps is {eps}.",
+        where="soft_topk, argument eps",
+        fix="pass a positive softness; for a hard choice use topk.",
+    )
+    wrong = costs is not None and (costs.shape != scores.shape or bool((costs <= 0).any()))
+    refuse(
+        wrong,
+        "a cost is missing, zero or negative.",
+        where="soft_topk, argument costs",
+        fix="pass one positive cost per score.",
+    )
+    total = float(scores.numel() if costs is None else costs.double().sum())
+    refuse(
+        not 0 < k < total,
+        f"a budget of {k:g} is not strictly between 0 and {total:g}.",
+        where="soft_topk, argument k",
+        fix="ask for less than everything and more than nothing.",
+    )
+
+
+class _SoftTopK(torch.autograd.Function):
+    """The mask and its closed-form derivative; the budget is kept by every step along it."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, k: float, eps: float, costs: Tensor | None) -> Tensor:
+        threshold = _threshold(scores.detach(), k, eps, costs)
+        mask = (scores - threshold).div_(eps).sigmoid_()
+        ctx.save_for_backward(mask, *([] if costs is None else [costs]))
+        ctx.eps = eps
+        return mask
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+        mask, *rest = ctx.saved_tensors
+        slope = mask * (1 - mask)
+        paid = slope * rest[0] if rest else slope
+        total = paid.double().sum()
+        # A mask that is hard to the last digit has no slope left to share out.
+        mean = (slope * grads[0]).double().sum() / total if total > 0 else total
+        back = slope * grads[0] - paid * mean.to(slope)
+        return back / ctx.eps, None, None, None
+
+
+def _threshold(scores: Tensor, k: float, eps: float, costs: Tensor | None) -> float:
+    """Find t with sum(costs x logistic((scores - t) / eps)) = k by safeguarded Newton steps."""
+    flat = scores.reshape(-1)
+    paid = None if costs is None else costs.reshape(-1)
+    total = float(flat.numel() if paid is None else paid.sum(dtype=torch.float64))
+    spread = eps * float(torch.logit(torch.tensor(k / total, dtype=torch.float64)))
+    low, high = (float(end) - spread for end in flat.aminmax())
+    t = _start(flat, paid, k / total, eps, (low + high) / 2)
+    # The threshold is rounded to the scores' precision, and so is the budget it can meet.
+    unit = torch.finfo(flat.dtype).eps
+    for _ in range(100):
+        value, slope = _budget(flat, paid, t, eps)
+        low, high = (t, high) if value > k else (low, t)
+        if abs(value - k) <= unit * total or high - low <= unit * max(abs(low), abs(high)):
+            break
+        step = t + (value - k) / slope if slope > 0 else low - 1
+        t = step if low < step < high else (low + high) / 2
+    return t
+
+
+def _start(flat: Tensor, costs: Tensor | None, share: float, eps: float, middle: float) -> float:
+    """Start where a hundredth of the entries would meet its own budget."""
+    if flat.numel() < 10 * SAMPLE:
+        return middle
+    stride = flat.numel() // SAMPLE
+    some = flat[::stride].contiguous()
+    paid = None if costs is None else costs[::stride].contiguous()
+    total = float(some.numel() if paid is None else paid.sum(dtype=torch.float64))
+    return _threshold(some, share * total, eps, paid)
+
+
+def _budget(flat: Tensor, costs: Tensor | None, t: float, eps: float) -> tuple[float, float]:
+    """Return the budget spent at threshold t, and minus its derivative, summed in float64."""
+    value = slope = 0.0
+    for i in range(0, len(flat), CHUNK):
+        mask = (flat[i : i + CHUNK] - t).div_(eps).sigmoid_()
+        paid = mask if costs is None else mask * costs[i : i + CHUNK]
+        value += float(paid.sum(dtype=torch.float64))
+        slope += float((paid - paid * mask).sum(dtype=torch.float64))
+    return value, slope / eps
