@@ -237,7 +237,7 @@ def our_policy(case: Case) -> Any:
     import torch_otprune as otp
 
     spec, bench = case.spec, case.bench
-    how = {"criterion": spec.criterion, "repair": tuple(spec.repair.split("+"))}
+    how: dict[str, Any] = {"criterion": spec.criterion, "repair": tuple(spec.repair.split("+"))}
     budget = None
     if spec.widths == "uniform":
         limit = int((case.budget / 100 + SLACK) * bench.macs)

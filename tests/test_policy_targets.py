@@ -102,9 +102,6 @@ def test_module_and_object_are_no_class_names() -> None:
     assert NAMES["layer1.1"] == ("Special", "Block")
 
 
-# --- refusals -----------------------------------------------------------------------------
-
-
 def test_an_unmatched_target_is_refused_with_the_closest_names() -> None:
     with pytest.raises(TargetError) as caught:
         match(["layr1.0.conv1"], [], NAMES, where="Policy.rules[0]")
@@ -145,8 +142,6 @@ def test_ignoring_everything_that_is_targeted_is_refused() -> None:
         "  fix:   ignore less, or target more."
     )
 
-
-# --- who owns a module --------------------------------------------------------------------
 
 LADDER = [
     "layer1.0.conv1", "layer1.*.conv1", "layer1.0", "layer1.?", "layer1", "layer?", "lay*",
@@ -200,8 +195,6 @@ def test_a_tie_below_a_clear_winner_does_not_matter() -> None:
     assert owner(rules, "layer1.0.conv1", NAMES) == 2
     assert owner(rules[::-1], "layer1.0.conv1", NAMES) == 0
 
-
-# --- laws ---------------------------------------------------------------------------------
 
 segments = st.text("abc01_", min_size=1, max_size=4)
 paths = st.lists(segments, min_size=1, max_size=4).map(".".join)

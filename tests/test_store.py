@@ -23,6 +23,7 @@ from torch_otprune.errors import LoadError, PlanError
 from torch_otprune.plan.model import Cost, Cut, Plan
 from torch_otprune.plan.slices import slices
 from torch_otprune.policy import Channels, Policy
+from torch_otprune.report import count_macs, count_params
 from torch_otprune.store import PLANS, Saved, forget, load, plan_of, remember, save
 from torch_otprune.structure.fingerprint import fingerprint, layout
 from torch_otprune.structure.trace import trace
@@ -152,6 +153,11 @@ def message(error: pytest.ExceptionInfo[Any]) -> str:
 
 
 # What comes back
+
+
+def test_what_is_measured_is_what_the_plan_promised(net: nn.Module) -> None:
+    plan = plan_of(net)
+    assert (count_params(net), count_macs(net, IMAGES)) == (plan.params.after, plan.macs.after)
 
 
 def test_a_loaded_model_computes_the_same_bits(net: nn.Module, saved: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_otprune.criteria.base import Need, ScoreCriterion, register
 from torch_otprune.criteria.moments import observed
-from torch_otprune.observe.evidence import Evidence
+from torch_otprune.statistics.evidence import Evidence
 
 __all__ = ["Activation"]
 

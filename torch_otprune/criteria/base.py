@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torch_otprune.errors import CalibrationError
-from torch_otprune.observe.evidence import Evidence
 from torch_otprune.policy.registry import CRITERIA, Setting
+from torch_otprune.statistics.evidence import Evidence
 
 __all__ = ["Criterion", "Need", "Ranking", "ScoreCriterion", "register"]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from torch_otprune.criteria.base import ScoreCriterion, register
-from torch_otprune.observe.evidence import Evidence
+from torch_otprune.statistics.evidence import Evidence
 
 __all__ = ["BNScale"]
 
@@ -27,5 +28,5 @@ class BNScale(ScoreCriterion):
     def score(self, evidence: Evidence) -> Float[Tensor, " units"]:
         """Average the absolute scales over the norms that carry the unit."""
         if evidence.scales is None:
-            return evidence.producers.norm(dim=1)
+            return torch.linalg.vector_norm(evidence.producers, dim=1)
         return evidence.scales.abs().mean(dim=1)

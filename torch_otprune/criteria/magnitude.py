@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from torch_otprune.criteria.base import ScoreCriterion, register
-from torch_otprune.observe.evidence import Evidence
+from torch_otprune.statistics.evidence import Evidence
 
 __all__ = ["Magnitude"]
 
@@ -28,4 +29,4 @@ class Magnitude(ScoreCriterion):
 
     def score(self, evidence: Evidence) -> Float[Tensor, " units"]:
         """Take the norm of each unit's row of weights."""
-        return evidence.producers.norm(p=self.p, dim=1)
+        return torch.linalg.vector_norm(evidence.producers, ord=self.p, dim=1)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_otprune.errors import CalibrationError
-from torch_otprune.observe.evidence import Consumer, Evidence
+from torch_otprune.statistics.evidence import Consumer, Evidence
 
 __all__ = ["joint", "observed"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_otprune.criteria.base import Criterion, Need, Ranking, register
 from torch_otprune.criteria.moments import observed
-from torch_otprune.observe.evidence import Consumer, Evidence
+from torch_otprune.statistics.evidence import Consumer, Evidence
 
 __all__ = ["OBS"]
 

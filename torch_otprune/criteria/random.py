@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_otprune.criteria.base import ScoreCriterion, register
-from torch_otprune.observe.evidence import Evidence
+from torch_otprune.statistics.evidence import Evidence
 
 __all__ = ["Random"]
 

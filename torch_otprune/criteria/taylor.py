@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_otprune.criteria.base import Need, ScoreCriterion, register
 from torch_otprune.errors import CalibrationError
-from torch_otprune.observe.evidence import Evidence
+from torch_otprune.statistics.evidence import Evidence
 
 __all__ = ["Taylor"]
 
@@ -39,5 +39,3 @@ class Taylor(ScoreCriterion):
                 fix="run calibration data through the model before planning.",
             )
         return evidence.taylor.sqrt()
-
-

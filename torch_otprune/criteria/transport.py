@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_otprune.criteria.base import Criterion, Need, Ranking, register, settle
 from torch_otprune.criteria.moments import joint, observed
-from torch_otprune.observe.evidence import Evidence
+from torch_otprune.statistics.evidence import Evidence
 from torch_otprune.transport import facility_location, improve
 
 __all__ = ["Transport", "ground_cost"]

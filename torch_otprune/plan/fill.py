@@ -135,13 +135,14 @@ def _descend(position: Position, best: _Best, *, until_fit: bool) -> None:
         position.move(fresh[1], fresh[2])
 
 
-def swap(problem: Problem, start: State, tries: int = 64) -> State:
+def swap(problem: Problem, start: State, tries: int = 64, pairs: int = 60_000) -> State:
     """Narrow one group and widen another by what that frees, while the sum of losses falls.
 
     Args:
         problem: what is solved.
         start: a state that fits.
         tries: how many narrower widths of each group are tried at most.
+        pairs: how many pairs of groups are looked at, counting repeats, before it stops.
 
     Returns:
         a state that fits and loses no more than `start`.
@@ -149,7 +150,8 @@ def swap(problem: Problem, start: State, tries: int = 64) -> State:
     position = problem.at(start)
     deltas = [position.deltas(group) for group in range(len(start))]
     quiet, giver = 0, 0  # done when nobody has had anything to give for a whole round
-    while quiet < len(start):
+    while quiet < len(start) and pairs > 0:
+        pairs -= len(start)
         found = _best_swap(position, deltas, giver, tries)
         quiet = 0 if found else quiet + 1
         giver = giver if found else (giver + 1) % len(start)
@@ -166,7 +168,8 @@ def _best_swap(
     """Find what one group should give, and to whom: two moves, or none that helps."""
     here, losses = position.index[giver], position.problem.losses
     steps = np.unique(np.linspace(0, here - 1, min(tries, here)).round().astype(np.int64))
-    best, found = -1e-12 * abs(position.problem.loss(position.state)), ()
+    found: tuple[tuple[int, int], ...] = ()
+    best = -1e-12 * abs(position.problem.loss(position.state))  # rounding is no improvement
     for taker in range(len(deltas)):
         if taker == giver or not len(steps):
             continue
@@ -179,14 +182,13 @@ def _best_swap(
     return found
 
 
-def _tops(
-    position: Position, deltas: Sequence[Ints], giver: int, steps: Ints, taker: int
-) -> Ints:
+def _tops(position: Position, deltas: Sequence[Ints], giver: int, steps: Ints, taker: int) -> Ints:
     """Find how wide the taker can be for each step of the giver; exact for products too."""
     slack = np.array(position.slack)[:, None] - deltas[giver][:, steps]
     if taker not in position.problem.neighbours[giver]:
         rows = zip(deltas[taker], slack, strict=True)
-        return np.min([row.searchsorted(s, side="right") for row, s in rows], axis=0) - 1
+        fits: Ints = np.min([row.searchsorted(s, side="right") for row, s in rows], axis=0)
+        return fits - 1
     tops, back = [], position.index[giver]
     for step, left in zip(steps.tolist(), slack.T.tolist(), strict=True):
         position.move(giver, step)

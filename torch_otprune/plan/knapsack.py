@@ -226,9 +226,9 @@ class Position:
         """
         widths = self.problem.widths[group]
         rows = np.zeros((len(self.slack), len(widths)), dtype=np.int64)
-        for row, measure in zip(rows, self.problem.measures, strict=True):
+        for m, measure in enumerate(self.problem.measures):
             for power, slope in measure.slopes(group, self.kept).items():
-                row += slope * widths**power
+                rows[m] += slope * widths**power
         return rows - rows[:, [self.index[group]]]
 
     def move(self, group: int, index: int) -> None:

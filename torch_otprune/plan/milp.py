@@ -96,6 +96,9 @@ class _Program:
 
         Presolve is off: HiGHS writes to the process's stdout when the solution of a
         presolved program has to be mended, whatever its options say.
+
+        Returns:
+            indices into the widths, or None.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
@@ -136,7 +139,9 @@ class _Program:
         scale = 1e3 / (max(here, 1e-6 * float(np.abs(loss).max())) or 1.0)
         self.add(np.arange(len(loss)), loss * scale, -np.inf, here * scale)
         loss *= scale
-        return np.r_[loss, np.zeros(self.columns - len(loss))]
+        objective: Floats = np.zeros(self.columns)
+        objective[: len(loss)] = loss
+        return objective
 
     def _read(self, x: Floats) -> State:
         picks = [int(x[self.block(g)].argmax()) for g in range(len(self.options))]

@@ -134,9 +134,11 @@ def _table(plan: Plan) -> str:
         (c.group, str(c.units), str(len(c.keep)), f"{c.error:.3f}", c.reason) for c in plan.cuts
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[4]]) for row in rows]
+    lines = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
+        for row in rows
+    ]
     for name, cost in (("params", plan.params), ("macs", plan.macs)):
         lines.append(f"{name}: {cost.before:,} -> {cost.after:,} ({cost.ratio:.1%} kept)")
     lines += [f"refused {r.group}: {r.reason}" for r in plan.refused]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
-

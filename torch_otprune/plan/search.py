@@ -8,12 +8,13 @@ from torch_otprune.plan.fill import fill, narrow, spread, swap
 from torch_otprune.plan.knapsack import Problem, State
 from torch_otprune.plan.milp import choose
 
-__all__ = ["LARGE", "even", "greedy", "improve"]
+__all__ = ["LARGE", "even", "greedy", "improve", "solve"]
 
 LARGE = 150  # groups beyond which only the greedy moves are worth their time
 GAP = 1e-4  # relative gap of a program that only sees some of the widths
 COLUMNS = {False: 2500, True: 500}  # size of such a program: without, with products
-WHOLE = 1000  # columns up to which one program sees every width and is solved exactly
+WHOLE = 1000  # columns up to which one program sees every width of every group
+EXACT = 400  # columns up to which such a program is solved to the end
 REPEATS = 4
 
 
@@ -24,7 +25,7 @@ def greedy(problem: Problem) -> State:
         problem: what is solved; its narrowest state must fit.
 
     Returns:
-        a state that fits, to which no step and no swap can be added.
+        a state that fits, to which no step can be added.
     """
     coarse = spread(problem, problem.most, 1.0)
     rough = narrow(problem, problem.most, coarse)
@@ -40,7 +41,7 @@ def even(problem: Problem) -> State:
         problem: what is solved; its narrowest state must fit.
 
     Returns:
-        a state that fits, to which no step and no swap can be added.
+        a state that fits, to which no step can be added.
     """
     low, high = 0.0, 1.0
     for _ in range(30):
@@ -56,7 +57,7 @@ def _share(problem: Problem, fraction: float) -> State:
 def _settle(problem: Problem, state: State) -> State:
     """Make a state fit, then use up what is left."""
     everything = spread(problem, state, 1.0, most=1 << 62)
-    return swap(problem, fill(problem, narrow(problem, state, everything)))
+    return fill(problem, swap(problem, fill(problem, narrow(problem, state, everything))))
 
 
 def improve(problem: Problem, start: State) -> State:
@@ -83,6 +84,24 @@ def improve(problem: Problem, start: State) -> State:
     return best
 
 
+def solve(problem: Problem, solver: Literal["auto", "milp", "greedy"]) -> tuple[State, str]:
+    """Find the best state that the size of the problem allows.
+
+    Args:
+        problem: what is solved; its narrowest state must fit.
+        solver: `greedy` does without programs, `milp` insists on them, `auto` decides.
+
+    Returns:
+        a state that fits, and the solver that found it.
+    """
+    best = greedy(problem)
+    if solver == "greedy" or (solver == "auto" and len(best) > LARGE):
+        return best, "greedy"
+    if problem.pairs and len(best) <= LARGE // 3:
+        best = min(best, even(problem), key=lambda state: (problem.loss(state), state))
+    return improve(problem, best), "milp"
+
+
 def _columns(problem: Problem, *, products: bool) -> int:
     sizes = [len(w) for w in problem.widths]
     pairs = problem.pairs if products else []
@@ -97,7 +116,8 @@ def _program(problem: Problem, best: State, reach: float, products: bool) -> Sta
     if most < 4:
         return best
     options = spread(problem, best, reach, most)
-    found = choose(problem, best, options, products=products, gap=0.0 if whole else GAP)
+    gap = 0.0 if sum(map(len, options)) <= EXACT else GAP
+    found = choose(problem, best, options, products=products, gap=gap)
     if found is None or found == best:
         return best
     found = _settle(problem, found)

@@ -132,8 +132,8 @@ def nearest(word: str, known: Iterable[str], noun: str) -> str:
         a phrase for the `where` line.
 
     Example:
-        >>> nearest("kepe", ["keep", "seed"], "keys")
-        'closest: keep; known keys: keep, seed'
+        >>> nearest("kepe", ["keep", "budget"], "keys")
+        'closest: keep; known keys: keep, budget'
     """
     names = list(known)
     if not names:

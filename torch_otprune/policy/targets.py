@@ -239,7 +239,7 @@ def _translate(token: str) -> str:
     if token == "?":
         return r"[^.]"
     if len(token) > 2:
-        inside = token[1:-1].replace("\\", "\\\\").replace("[", "\\[").replace("^", "\\^")
+        inside = re.sub(r"([\\\[^&~|])", r"\\\1", token[1:-1])  # these mean more to `re`
         return rf"(?!\.)[{'^' + inside[1:] if inside[0] == '!' else inside}]"
     return re.escape(token)
 

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from torch_otprune.plan.model import Cut
 from torch_otprune.policy.registry import REPAIRS, Setting
+from torch_otprune.repair.lockstep import Pause, Site
+from torch_otprune.statistics.patches import output_rows, supported
 from torch_otprune.structure.graph import Graph
-from torch_otprune.structure.layers import BatchNorm
+from torch_otprune.structure.layers import BatchNorm, channels
 
 __all__ = ["Note", "Patient", "Repair", "register"]
 
@@ -79,7 +82,65 @@ class Patient:
         tail = self.graph.tails.get(path)
         names = tail.modules if tail is not None else ()
         norms = [self.small.get_submodule(name) for name in names]
-        return next((n for n in norms if isinstance(n, BatchNorm) and n.running_mean is not None), None)
+        return next(
+            (n for n in norms if isinstance(n, BatchNorm) and n.running_mean is not None), None
+        )
+
+    def absorbs(self, path: str) -> bool:
+        """Tell whether a constant at a layer's output has somewhere to go."""
+        bias = getattr(self.small.get_submodule(path), "bias", None)
+        return bias is not None or self.norm_behind(path) is not None
+
+    def width(self, path: str) -> int:
+        """Count a layer's output channels in the cut model."""
+        return channels(self.small.get_submodule(path), "out") or 0
+
+    def unfit(self, path: str) -> str:
+        """Say why a layer cannot be refitted; empty where it can."""
+        module = self.small.get_submodule(path)
+        if path in self.graph.repeated:
+            return "runs more than once per forward pass"
+        if not supported(module) or path not in self.graph.tails:
+            return f"a {type(module).__name__} is not refitted"
+        return ""
+
+    def target(
+        self, site: Site, dense: Pause, small: Pause, at: Tensor, *, drift: bool
+    ) -> Float[Tensor, "rows out"]:
+        """Say what a layer should write: the dense output, and what its stream has lost.
+
+        Args:
+            site: the layer.
+            dense: what the dense model shows there.
+            small: what the cut model shows there.
+            at: output positions.
+            drift: whether to make up for the stream.
+
+        Returns:
+            rows in float64, one column per output channel that the layer kept.
+        """
+        module = self.small.get_submodule(site.path)
+        assert dense.output is not None
+        y = output_rows(module, dense.output, at).double()
+        kept = self.kept(site.path)
+        y = y if kept is None else y[:, kept.to(y.device)]
+        if not drift or kept is not None or dense.stream is None or small.stream is None:
+            return y
+        moved = dense.stream.double() - small.stream.double()
+        if moved.shape != dense.output.shape:  # a broadcast stream
+            return y
+        return y + output_rows(module, moved, at) * self._gain(site.path)
+
+    def _gain(self, path: str) -> Tensor | float:
+        """Undo the scale of the batch-norm between a layer and the stream."""
+        norm = self.norm_behind(path)
+        if not isinstance(norm, BatchNorm) or norm.running_var is None:
+            return 1.0
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.detach().double()
+        floor = 1e-3 * scale.abs().max()
+        return torch.where(scale.abs() > floor, 1 / scale, torch.zeros_like(scale))
 
 
 class Repair(Setting, ABC):

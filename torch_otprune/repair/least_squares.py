@@ -10,11 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from torch_otprune.observe.patches import columns, full_weight, output_rows, pick, positions, rows, supported
 from torch_otprune.repair.base import Note, Patient, Repair, register
 from torch_otprune.repair.lockstep import Lockstep, Pause, Site
 from torch_otprune.repair.solve import Fit, Normal, solve
-from torch_otprune.structure.layers import BatchNorm, Conv
+from torch_otprune.statistics.patches import columns, full_weight, pick, positions, rows
+from torch_otprune.statistics.reduce import all_sum_
+from torch_otprune.structure.layers import Conv
 from torch_otprune.surgery.cut import put_
 
 __all__ = ["LeastSquares"]
@@ -39,12 +40,15 @@ class LeastSquares(Repair):
 
     kind: Literal["least_squares"] = "least_squares"
     ridge: float | None = Field(
-        default=None, gt=0, description="share of the mean squared column; chosen by hold-out if null"
+        default=None,
+        gt=0,
+        description="share of the mean squared column; chosen by hold-out if null",
     )
     rows_per_column: int = Field(default=16, ge=1, description="rows wanted per column of a layer")
     drift: bool = Field(default=True, description="whether targets make up for the stream's drift")
     scope: Literal["consumers", "all"] = Field(
-        default="consumers", description="refit layers that lost inputs, or every layer behind the first"
+        default="all",
+        description="refit every layer from the first that lost inputs, or only those",
     )
 
     def apply_(self, patient: Patient) -> tuple[Note, ...]:
@@ -62,20 +66,11 @@ class LeastSquares(Repair):
         wanted = set(patient.graph.order[first:]) if self.scope == "all" else hit
         sites, notes = [], []
         for path in (p for p in patient.graph.order if p in wanted):
-            if why := _unfit(patient, path):
+            if why := patient.unfit(path):
                 notes.append(Note(self.kind, path, 1.0, 1.0, accepted=False, text=why))
             else:
                 sites.append(Site(path, patient.graph.tails[path]))
         return sites, notes
-
-
-def _unfit(patient: Patient, path: str) -> str:
-    module = patient.small.get_submodule(path)
-    if path in patient.graph.repeated:
-        return "runs more than once per forward pass"
-    if not supported(module) or path not in patient.graph.tails:
-        return f"a {type(module).__name__} is not refitted"
-    return ""
 
 
 @dataclass
@@ -90,7 +85,7 @@ class _Refit:
 
     def mend(self, site: Site, pauses: list[tuple[Pause, Pause]]) -> None:
         module = self.patient.small.get_submodule(site.path)
-        old, offset = _old(module, self._absorbs(site.path))
+        old, offset = _old(module, self.patient.absorbs(site.path))
         fit, held = self._normal(module, site, pauses, offset)
         parts = [
             (c, o, solve(fit.part(c, o), held.part(c, o), old[c][:, o], ridge=self.setting.ridge))
@@ -105,13 +100,13 @@ class _Refit:
                 new[c[:, None], o] = part.weight
             self._write(module, site.path, new, old, offset=offset)
         text = "" if accepted else "the refit does worse on held-out rows"
-        self.notes.append(Note(self.setting.kind, site.path, before, after if accepted else before, accepted, text))
+        self.notes.append(
+            Note(
+                self.setting.kind, site.path, before, after if accepted else before, accepted, text
+            )
+        )
         self.done += 1
         self.patient.progress("least_squares", self.done, self.total)
-
-    def _absorbs(self, path: str) -> bool:
-        bias = getattr(self.patient.small.get_submodule(path), "bias", None)
-        return bias is not None or self.patient.norm_behind(path) is not None
 
     def _normal(
         self, module: nn.Module, site: Site, pauses: list[tuple[Pause, Pause]], offset: bool
@@ -120,47 +115,25 @@ class _Refit:
         samples = sum(len(small.inputs) for _, small in pauses)
         wanted = ceil(self.setting.rows_per_column * columns(module) / samples)
         at = pick(positions(module, x), max(wanted, 16), site.path, self.patient.seed + 1)
-        out = len(module.weight) if not isinstance(module, Conv) else module.out_channels  # type: ignore[arg-type]
+        out = self.patient.width(site.path)
         width = columns(module) + offset
         fit, held = Normal.empty(width, out, x.device), Normal.empty(width, out, x.device)
         for dense, small in pauses:
             design = rows(module, small.inputs, at).double()
             if offset:
                 design = torch.cat([design, design.new_ones(len(design), 1)], dim=1)
-            target = self._target(site, dense, small, at)
+            target = self.patient.target(site, dense, small, at, drift=self.setting.drift)
             # whole samples are held out: rows of one image resemble each other
             owner = torch.arange(len(design), device=design.device) // len(at)
-            last = owner % 8 == 7  # noqa: PLR2004  every eighth sample
+            last = owner % 8 == 7
             fit.update(design[~last], target[~last])
             held.update(design[last], target[last])
+        all_sum_([t for n in (fit, held) for t in (n.gram, n.cross, n.power)])
         return fit, held
 
-    def _target(self, site: Site, dense: Pause, small: Pause, at: Tensor) -> Tensor:
-        module = self.patient.small.get_submodule(site.path)
-        assert dense.output is not None
-        y = output_rows(module, dense.output, at).double()
-        kept = self.patient.kept(site.path)
-        y = y if kept is None else y[:, kept.to(y.device)]
-        if isinstance(module, nn.Linear | Conv) and module.bias is not None and not self._absorbs(site.path):
-            y = y - module.bias.detach().double()
-        drift = dense.stream is not None and small.stream is not None and kept is None
-        if self.setting.drift and drift and dense.stream.shape == dense.output.shape:  # type: ignore[union-attr]
-            moved = dense.stream.double() - small.stream.double()  # type: ignore[union-attr]
-            y = y + output_rows(module, moved, at) * self._gain(site.path)
-        return y
-
-    def _gain(self, path: str) -> Tensor | float:
-        """Undo the scale of the batch-norm between a layer and the stream."""
-        norm = self.patient.norm_behind(path)
-        if not isinstance(norm, BatchNorm) or norm.running_var is None:
-            return 1.0
-        scale = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight.detach().double()
-        floor = 1e-3 * scale.abs().max()
-        return torch.where(scale.abs() > floor, 1 / scale, torch.zeros_like(scale))
-
-    def _write(self, module: nn.Module, path: str, new: Tensor, old: Tensor, *, offset: bool) -> None:
+    def _write(
+        self, module: nn.Module, path: str, new: Tensor, old: Tensor, *, offset: bool
+    ) -> None:
         if offset:
             norm = self.patient.norm_behind(path)
             if getattr(module, "bias", None) is not None:
@@ -176,7 +149,11 @@ def _old(module: nn.Module, offset: bool) -> tuple[Tensor, bool]:
     weight = full_weight(module).T
     if not offset:
         return weight, False
-    bias = module.bias.detach().double() if module.bias is not None else weight.new_zeros(weight.shape[1])  # type: ignore[union-attr,operator]
+    bias = (
+        module.bias.detach().double()
+        if module.bias is not None
+        else weight.new_zeros(weight.shape[1])
+    )  # type: ignore[union-attr,operator]
     return torch.cat([weight, bias[None]]), True
 
 
@@ -187,9 +164,9 @@ def _blocks(module: nn.Module, offset: bool) -> list[tuple[Tensor, Tensor]]:
         out = module.out_channels if isinstance(module, Conv) else module.out_features
         return [(torch.arange(width + offset), torch.arange(int(out)))]  # type: ignore[arg-type]
     groups = module.groups
-    parts = zip(torch.arange(width).chunk(groups), torch.arange(module.out_channels).chunk(groups))
+    inputs, outputs = (torch.arange(n).chunk(groups) for n in (width, module.out_channels))
     extra = torch.tensor([width] * offset, dtype=torch.int64)
-    return [(torch.cat([c, extra]), o) for c, o in parts]
+    return [(torch.cat([c, extra]), o) for c, o in zip(inputs, outputs, strict=True)]
 
 
 def _shaped(module: nn.Module, full: Tensor) -> Tensor:
@@ -199,7 +176,9 @@ def _shaped(module: nn.Module, full: Tensor) -> Tensor:
         return full.reshape(shape)  # type: ignore[arg-type]
     each = full.shape[1] // module.groups
     per = full.shape[0] // module.groups
-    pieces = [full[g * per : (g + 1) * per, g * each : (g + 1) * each] for g in range(module.groups)]
+    pieces = [
+        full[g * per : (g + 1) * per, g * each : (g + 1) * each] for g in range(module.groups)
+    ]
     return torch.cat(pieces).reshape(shape)  # type: ignore[arg-type]
 
 
@@ -208,4 +187,7 @@ def _mean(parts: list[tuple[Tensor, Tensor, Fit]], fit: Normal, held: Normal, na
     power = (held.power if name.startswith("held") else fit.power + held.power).cpu()
     weights = [float(power[o].sum()) for _, o, _ in parts]
     total = max(sum(weights), 1e-300)
-    return sum(w * float(getattr(p, name)) for w, (_, _, p) in zip(weights, parts)) / total
+    return (
+        sum(w * float(getattr(p, name)) for w, (_, _, p) in zip(weights, parts, strict=True))
+        / total
+    )

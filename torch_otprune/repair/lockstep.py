@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torch_otprune.structure.forward import evaluating, run
+from torch_otprune.statistics.reduce import all_sum_
+from torch_otprune.structure.forward import Call, evaluating, flat_tensors, run
 from torch_otprune.structure.graph import Tail
 from torch_otprune.structure.probe import ADDITIONS
 
-__all__ = ["Lockstep", "Pause", "Site"]
+__all__ = ["Lockstep", "Pause", "Site", "distance"]
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,16 @@ class Pause:
     Args:
         path: the site.
         inputs: the layer's input.
-        output: the layer's output, before the tail.
+        output: what the module returned, before the tail; None before it ran.
         stream: what the tail's output is about to be added to; None where it is not added.
+        call: all arguments, where the module has not run yet.
     """
 
     path: str
     inputs: Tensor
-    output: Tensor | None
-    stream: Tensor | None
+    output: Any = None
+    stream: Tensor | None = None
+    call: Call | None = None
 
 
 class Lockstep:
@@ -77,7 +80,7 @@ class Lockstep:
 
     def __enter__(self) -> Lockstep:
         self.stack = ExitStack()
-        for model, cast in zip(self.models, self.pair):
+        for model, cast in zip(self.models, self.pair, strict=True):
             self.stack.enter_context(evaluating(model))
             cast.attach()
             self.stack.callback(cast.remove)
@@ -94,7 +97,9 @@ class Lockstep:
                 walker.abandon()
         self.stack.close()
 
-    def play(self, mend: Callable[[Site, list[tuple[Pause, Pause]]], None]) -> list[tuple[Any, Any]]:
+    def play(
+        self, mend: Callable[[Site, list[tuple[Pause, Pause]]], None]
+    ) -> list[tuple[Any, Any]]:
         """Stop everywhere in turn and let `mend` write the small model's layer.
 
         Args:
@@ -186,9 +191,13 @@ class _Cast:
                 last = self.model.get_submodule(ends[0])
                 self.handles.append(last.register_forward_hook(_Expect(self, site)))
             elif self.wait:
-                self.handles.append(module.register_forward_pre_hook(_StopBefore(self, site)))
+                self.handles.append(
+                    module.register_forward_pre_hook(_StopBefore(self, site), with_kwargs=True)
+                )
             else:
-                self.handles.append(module.register_forward_hook(_StopAfter(self, site)))
+                self.handles.append(
+                    module.register_forward_hook(_StopAfter(self, site), with_kwargs=True)
+                )
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -210,13 +219,15 @@ class _Hook:
 
 
 class _StopBefore(_Hook):
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.cast.here.walker.stop(Pause(self.site.path, inputs[0], None, None))
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = Call(args, kwargs)
+        self.cast.here.walker.stop(Pause(self.site.path, flat_tensors(call)[0], call=call))
 
 
 class _StopAfter(_Hook):
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
-        self.cast.here.walker.stop(Pause(self.site.path, inputs[0], out, None))
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+        first = flat_tensors(Call(args, kwargs))[0]
+        self.cast.here.walker.stop(Pause(self.site.path, first, out))
 
 
 class _Note(_Hook):
@@ -236,7 +247,9 @@ class _Additions(TorchFunctionMode):
         super().__init__()
         self.walker = walker
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         expected = getattr(self.walker.cast.here, "expected", None)
         if expected is not None and function in ADDITIONS:
             args = self._meet(args, *expected)
@@ -250,7 +263,32 @@ class _Additions(TorchFunctionMode):
         inputs, before = cast.here.noted
         cast.here.expected = cast.here.noted = None
         stream = args[1 - place]
-        self.walker.stop(Pause(site.path, inputs, before, stream if isinstance(stream, Tensor) else None))
+        self.walker.stop(
+            Pause(site.path, inputs, before, stream if isinstance(stream, Tensor) else None)
+        )
         if not cast.wait:
             return args
         return tuple(cast.again(site, inputs) if i == place else a for i, a in enumerate(args))
+
+
+def distance(dense: nn.Module, small: nn.Module, batches: Sequence[Any]) -> float:
+    """Measure how far the small model's output is from the dense one's.
+
+    Args:
+        dense: the reference.
+        small: the other.
+        batches: what to run both on.
+
+    Returns:
+        squared error over squared reference, over all batches, outputs and ranks.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    with evaluating(dense), evaluating(small), torch.no_grad():
+        for batch in batches:
+            pair = flat_tensors(run(dense, batch)), flat_tensors(run(small, batch))
+            for a, b in zip(*pair, strict=True):
+                if a.is_floating_point():
+                    off = (a.double() - b.double()).square().sum()
+                    sums += torch.stack([off, a.double().square().sum()]).cpu()
+    all_sum_([sums])
+    return float(sums[0] / sums[1].clamp_min(1e-300))

@@ -44,7 +44,9 @@ class Normal:
     def plus(self, other: Normal) -> Normal:
         """Pool two sets of rows."""
         return Normal(
-            self.gram + other.gram, self.cross + other.cross, self.power + other.power,
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.power + other.power,
             self.count + other.count,
         )
 
@@ -107,8 +109,12 @@ def solve(
     weight = _ridge(every, old, choices[best])
     scale, held_scale = (max(float(n.power.sum()), 1e-300) for n in (every, held))
     return Fit(
-        weight, choices[best], every.error(old) / scale, every.error(weight) / scale,
-        held.error(old) / held_scale, held_errors[best] / held_scale,
+        weight,
+        choices[best],
+        every.error(old) / scale,
+        every.error(weight) / scale,
+        held.error(old) / held_scale,
+        held_errors[best] / held_scale,
     )
 
 

@@ -65,10 +65,11 @@ class _Macs:
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
         if not isinstance(out, Tensor):
             return
-        width = out.shape[-1 if isinstance(module, nn.Linear) else 1]
-        weight: Tensor = module.weight  # type: ignore[assignment]
         # A weight holds out x in/groups x taps, and each position uses every element once.
-        self.total += out.numel() // width // self.samples * weight.numel()
+        grid = inputs[0] if getattr(module, "transposed", False) else out
+        positions = grid.numel() // grid.shape[-1 if isinstance(module, nn.Linear) else 1]
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        self.total += positions // self.samples * weight.numel()
 
 
 def latency(

@@ -180,6 +180,9 @@ class Report(_Frozen):
         """Compare what was measured: a report that can undo equals its copy on disk."""
         return isinstance(other, Report) and vars(self) == vars(other)
 
+    def __hash__(self) -> int:
+        return hash(self.plan_hash)
+
     def to_json(self) -> str:
         """Write everything but the way back.
 

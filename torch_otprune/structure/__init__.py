@@ -1,11 +1,30 @@
 """Model and example in, units that live or die together out."""
 
-from torch_otprune.structure.forward import batch_size, evaluating, flat_tensors, head, map_tensors, run
-from torch_otprune.structure.graph import Blocked, CostModel, Dim, Graph, Group, Member, Side, Tail, Term
+from torch_otprune.structure.forward import (
+    Call,
+    batch_size,
+    evaluating,
+    flat_tensors,
+    head,
+    map_tensors,
+    run,
+)
+from torch_otprune.structure.graph import (
+    Blocked,
+    CostModel,
+    Dim,
+    Graph,
+    Group,
+    Member,
+    Side,
+    Tail,
+    Term,
+)
 from torch_otprune.structure.trace import check, trace
 
 __all__ = [
     "Blocked",
+    "Call",
     "CostModel",
     "Dim",
     "Graph",

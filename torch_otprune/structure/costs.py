@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from torch import nn
 
 from torch_otprune.structure.graph import CostModel, Dim, Group, Side, Term
-from torch_otprune.structure.layers import Conv, axes, channels, is_depthwise, is_linear, kernel
+from torch_otprune.structure.layers import (
+    Conv,
+    axes,
+    bare_axis,
+    channels,
+    is_depthwise,
+    is_linear,
+    kernel,
+)
 from torch_otprune.structure.probe import Probe
 
 __all__ = ["cost_models"]
@@ -57,7 +65,12 @@ class _Widths:
                 self._note_parameter(model, path, by_group, units)
 
     def _note(
-        self, path: str, module: nn.Module, side: Side, by_group: dict[str, int], units: dict[str, int]
+        self,
+        path: str,
+        module: nn.Module,
+        side: Side,
+        by_group: dict[str, int],
+        units: dict[str, int],
     ) -> None:
         share = _share(module, side)
         dim = _dim((channels(module, side) or 0) // share, by_group, units, share)
@@ -68,7 +81,7 @@ class _Widths:
         self, model: nn.Module, path: str, by_group: dict[str, int], units: dict[str, int]
     ) -> None:
         shape = model.get_parameter(path).shape
-        axis = max(i for i, size in enumerate(shape) if size > 1)
+        axis = bare_axis(shape)
         self.axes[path, axis] = _dim(shape[axis], by_group, units, 1)
 
 

@@ -28,13 +28,16 @@ Atom = tuple[str, Side, int]
 
 # Ops that carry channels one to one, as autograd names them. All others block what they touch.
 _CARRIERS = frozenset(
-    """abs adaptiveavgpool2d adaptiveavgpool3d adaptivemaxpool2d adaptivemaxpool3d add alias asstrided avgpool2d
-    avgpool3d celu clamp clampmax clampmin clone copyslices div elu exp fusedropout gelu hardshrink hardsigmoid
-    hardswish hardtanh leakyrelu log logsigmoid maximum maxpool2dwithindices maxpool3dwithindices mean minimum
-    mish mkldnnconvolution mul nativedropout neg permute pow prelu relu reshapealias rsqrt rsub selu
-    sigmoid silu softplus softshrink sqrt squeeze sub sum t tanh threshold tobackward tocopy transpose
-    unsafeview unsqueeze upsamplebilinear2d upsamplenearest1d upsamplenearest2d upsamplenearest3d
-    upsamplebicubic2d upsamplelinear1d adaptiveavgpool1d avgpool1d maxpool1d""".split()
+    """
+    abs add alias asstrided celu clamp clampmax clampmin clone copyslices div elu exp fuseddropout
+    gelu hardshrink hardsigmoid hardswish hardtanh leakyrelu log logsigmoid maximum mean minimum
+    mish mul nativedropout neg permute pow prelu relu reshapealias rsqrt rsub selu sigmoid silu
+    softplus softshrink sqrt squeeze sub sum t tanh threshold tocopy transpose unsafeview unsqueeze
+    adaptiveavgpool1d adaptiveavgpool2d adaptiveavgpool3d adaptivemaxpool2d adaptivemaxpool3d
+    avgpool1d avgpool2d avgpool3d maxpool1d maxpool2dwithindices maxpool3dwithindices
+    upsamplebicubic2d upsamplebilinear2d upsamplelinear1d upsamplenearest1d upsamplenearest2d
+    upsamplenearest3d upsampletrilinear3d
+    """.split()
 )
 
 
@@ -82,9 +85,40 @@ def components(model: nn.Module, example: Any) -> list[Component]:
     Raises:
         StructureError: if torch-pruning cannot trace the model.
     """
-    with evaluating(model), _differentiable(model):
+    inner = _Inner()
+    with evaluating(model), _differentiable(model), _watched(model, inner):
         graph, outputs = _trace(model, example)
-    return _Walk(model, graph, outputs).components()
+    return _Walk(model, graph, outputs, inner.nodes).components()
+
+
+class _Inner:
+    """A hook that notes the ops a dense layer is made of: on 3-D inputs they are several."""
+
+    def __init__(self) -> None:
+        self.nodes: set[Any] = set()
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
+        if isinstance(inputs[0], Tensor) and inputs[0].grad_fn is not None:
+            self._between(out.grad_fn, inputs[0].grad_fn)
+
+    def _between(self, node: Any, goal: Any) -> bool:
+        if node is goal:
+            return True
+        ways = [self._between(f, goal) for f, _ in node.next_functions if f is not None]
+        if any(ways):
+            self.nodes.add(node)
+        return any(ways)
+
+
+@contextmanager
+def _watched(model: nn.Module, hook: _Inner) -> Iterator[None]:
+    dense = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_hook(hook) for module in dense]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -102,7 +136,7 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def _trace(model: nn.Module, example: Any) -> tuple[Any, list[Tensor]]:
-    from torch_pruning import DependencyGraph  # noqa: PLC0415  slow to import
+    from torch_pruning import DependencyGraph
 
     outputs: list[Tensor] = []
 
@@ -116,7 +150,14 @@ def _trace(model: nn.Module, example: Any) -> tuple[Any, list[Tensor]]:
             graph = DependencyGraph().build_dependency(
                 model, example, forward_fn=forward, verbose=False
             )
-    except (AttributeError, AssertionError, IndexError, KeyError, RecursionError, TypeError) as error:
+    except (
+        AttributeError,
+        AssertionError,
+        IndexError,
+        KeyError,
+        RecursionError,
+        TypeError,
+    ) as error:
         raise StructureError(
             f"the dependency trace failed: {type(error).__name__}: {error}.",
             where=type(model).__name__,
@@ -128,8 +169,10 @@ def _trace(model: nn.Module, example: Any) -> tuple[Any, list[Tensor]]:
 class _Walk:
     """One pass over all dependencies of a traced graph."""
 
-    def __init__(self, model: nn.Module, graph: Any, outputs: list[Tensor]) -> None:
-        self.graph = graph
+    def __init__(
+        self, model: nn.Module, graph: Any, outputs: list[Tensor], inner: set[Any]
+    ) -> None:
+        self.graph, self.inner = graph, inner
         self.names = {module: name for name, module in model.named_modules()}
         self.names |= {parameter: name for name, parameter in model.named_parameters()}
         self.forest = _Forest()
@@ -150,6 +193,8 @@ class _Walk:
     def _side(self, node: Any, function: Any) -> Side:
         """Read which side of a node a pruning function of torch-pruning cuts."""
         pruner = self.graph.get_pruner_of_module(node.module)
+        if isinstance(node.module, nn.Embedding):
+            return "out"
         if pruner.prune_out_channels == pruner.prune_in_channels:
             return "through"
         return "out" if function == pruner.prune_out_channels else "in"
@@ -173,7 +218,9 @@ class _Walk:
         seen.update(fresh)
         return fresh
 
-    def _spread(self, node: Any, side: Side, fresh: list[int]) -> Iterator[tuple[Any, Side, list[int]]]:
+    def _spread(
+        self, node: Any, side: Side, fresh: list[int]
+    ) -> Iterator[tuple[Any, Side, list[int]]]:
         for dependency in node.dependencies:
             if self._side(node, dependency.trigger) != side:
                 continue
@@ -185,8 +232,10 @@ class _Walk:
             if more := self._enter(target, to, [image for _, image in reached]):
                 yield target, to, more
 
-    def _map(self, dependency: Any, node: Any, side: Side, fresh: list[int]) -> list[tuple[int, int]]:
-        from torch_pruning._helpers import _HybridIndex  # noqa: PLC0415
+    def _map(
+        self, dependency: Any, node: Any, side: Side, fresh: list[int]
+    ) -> list[tuple[int, int]]:
+        from torch_pruning._helpers import _HybridIndex
 
         indices = [_HybridIndex(idx=i, root_idx=i) for i in fresh]
         for mapping in dependency.index_mapping:
@@ -213,9 +262,9 @@ class _Walk:
             yield f"channels are mapped out of range at '{self.names.get(module, kind)}'"
         if kind == "_OutputOp" or (id(node.grad_fn) in self.ends and side != "in"):
             yield "they reach the model's output"
-        if kind == "_ElementWiseOp":
+        if kind == "_ElementWiseOp" and node.grad_fn not in self.inner:
             yield from _foreign(node)
-        if isinstance(module, (nn.LayerNorm, nn.MultiheadAttention, nn.LSTM)):
+        if size is None and module in self.names and not isinstance(module, nn.PReLU):
             yield f"'{self.names[module]}' ({kind}) mixes all of them"
         if isinstance(module, Conv) and module.transposed and module.groups > 1:
             yield f"'{self.names[module]}' is a grouped transposed convolution"
@@ -258,7 +307,7 @@ def _foreign(node: Any) -> Iterator[str]:
     bare = bare.removesuffix("backward")
     if bare == "constantpadnd":
         pad = getattr(node.grad_fn, "_saved_pad", ())
-        if len(pad) > 4 and any(pad[4:6]):  # noqa: PLR2004  two spatial axes, then the channels
+        if len(pad) > 4 and any(pad[4:6]):
             yield "a padding adds channels (op pad)"
     elif bare not in _CARRIERS:
         yield f"the op {name} may mix channels"

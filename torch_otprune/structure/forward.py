@@ -5,14 +5,28 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["batch_size", "evaluating", "flat_tensors", "head", "map_tensors", "run"]
+__all__ = ["Call", "batch_size", "evaluating", "flat_tensors", "head", "map_tensors", "run"]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A batch as a model was really called with it.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def run(model: nn.Module, batch: Any) -> Any:
@@ -29,6 +43,8 @@ def run(model: nn.Module, batch: Any) -> Any:
     Returns:
         what the model returns.
     """
+    if isinstance(batch, Call):
+        return model(*batch.args, **batch.kwargs)
     if isinstance(batch, Mapping):
         return model(**_named(model, batch))
     if isinstance(batch, (tuple, list)):
@@ -59,6 +75,8 @@ def map_tensors(tree: Any, function: Any) -> Any:
     """Apply a function to every tensor of a nested batch and keep the nesting."""
     if isinstance(tree, Tensor):
         return function(tree)
+    if isinstance(tree, Call):
+        return Call(map_tensors(tree.args, function), map_tensors(tree.kwargs, function))
     if isinstance(tree, Mapping):
         return {key: map_tensors(value, function) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a named tuple
@@ -76,7 +94,7 @@ def flat_tensors(tree: Any) -> list[Tensor]:
 
 
 def _is_record(tree: Any) -> bool:
-    return hasattr(tree, "__dataclass_fields__") and not isinstance(tree, Mapping)
+    return hasattr(tree, "__dataclass_fields__") and not isinstance(tree, (Mapping, Call))
 
 
 def batch_size(batch: Any) -> int:

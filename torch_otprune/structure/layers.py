@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch_otprune.structure.graph import Side
 __all__ = [
     "NORMS",
     "axes",
+    "bare_axis",
     "channels",
     "is_depthwise",
     "is_linear",
@@ -78,6 +80,11 @@ def axes(module: nn.Module, side: Side) -> tuple[tuple[str, int], ...]:
     else:
         found = tuple((n, 0) for n in ("weight", "bias", "running_mean", "running_var"))
     return tuple((n, a) for n, a in found if getattr(module, n, None) is not None)
+
+
+def bare_axis(shape: Sequence[int]) -> int:
+    """Find the axis of a bare parameter that carries channels: the last with several entries."""
+    return max(axis for axis, size in enumerate(shape) if size > 1)
 
 
 def widths_of(module: nn.Module, side: Side) -> tuple[str, ...]:

@@ -15,7 +15,9 @@ from torch_otprune.structure.layers import BatchNorm, is_depthwise, is_linear
 
 __all__ = ["ADDITIONS", "PASSIVE", "Probe", "probe"]
 
-ADDITIONS = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__})
+ADDITIONS = frozenset(
+    {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+)
 PASSIVE = (BatchNorm, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
 
 
@@ -99,8 +101,7 @@ class _Watch(TorchFunctionMode):
             return
         notes.outputs.setdefault(name, tuple(out.shape))
         if is_linear(module) or is_depthwise(module):
-            width = out.shape[-1 if isinstance(module, nn.Linear) else 1]
-            positions = out.numel() // width // self.samples
+            positions = _positions(module, inputs[0], out) // self.samples
             notes.positions[name] = notes.positions.get(name, 0) + positions
         if is_linear(module):
             self._follow(name, (), out)
@@ -110,6 +111,14 @@ class _Watch(TorchFunctionMode):
     def _follow(self, linear: str, passed: tuple[str, ...], out: Tensor) -> None:
         self.live[id(out)] = (linear, passed, out)
         self.notes.tails[linear] = Tail(passed)
+
+
+def _positions(module: nn.Module, x: Tensor, out: Tensor) -> int:
+    """Count how often every weight is used: per output position, per input one if transposed."""
+    if isinstance(module, nn.Linear):
+        return out.numel() // out.shape[-1]
+    grid = x if module.transposed else out
+    return grid.numel() // grid.shape[1]
 
 
 class _Leave:

@@ -13,7 +13,7 @@ from torch_otprune.errors import StructureError
 from torch_otprune.structure.costs import cost_models
 from torch_otprune.structure.depgraph import Component, components
 from torch_otprune.structure.graph import Blocked, Graph, Group, Member, Side
-from torch_otprune.structure.layers import channels
+from torch_otprune.structure.layers import bare_axis, channels
 from torch_otprune.structure.probe import Probe, probe
 
 __all__ = ["trace"]
@@ -63,9 +63,13 @@ def check(model: nn.Module) -> None:
     """
     where = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
-        raise StructureError("the model is scripted.", where=where, fix="prune the eager model, then script it.")
+        raise StructureError(
+            "the model is scripted.", where=where, fix="prune the eager model, then script it."
+        )
     if hasattr(model, "_orig_mod"):
-        raise StructureError("the model is compiled.", where=where, fix="prune the eager model, then compile it.")
+        raise StructureError(
+            "the model is compiled.", where=where, fix="prune the eager model, then compile it."
+        )
     for name, module in model.named_modules():
         if "quantized" in type(module).__module__:
             raise StructureError(
@@ -75,7 +79,9 @@ def check(model: nn.Module) -> None:
             )
     parameters = list(model.parameters())
     if not parameters:
-        raise StructureError("the model has no parameters.", where=where, fix="pass the trained module.")
+        raise StructureError(
+            "the model has no parameters.", where=where, fix="pass the trained module."
+        )
     if any(p.is_meta for p in parameters):
         raise StructureError(
             "the model is on the meta device: its weights do not exist.",
@@ -97,7 +103,7 @@ def _probe(model: nn.Module, example: Any) -> Probe:
 
 
 def _tensors(example: Any) -> Iterable[torch.Tensor]:
-    from torch_otprune.structure.forward import flat_tensors  # noqa: PLC0415
+    from torch_otprune.structure.forward import flat_tensors
 
     return flat_tensors(example)
 
@@ -125,9 +131,17 @@ def _assemble(
         if why:
             blocked.append(Blocked(name, tuple(m.path for m in members), "; ".join(why), _fix(why)))
         elif len(units) > 1:
-            groups.append(Group(name, len(units), members))
+            # a PReLU with one slope for all carries channels but has none to cut
+            groups.append(Group(name, len(units), tuple(m for m in members if m.size)))
         else:
-            blocked.append(Blocked(name, tuple(m.path for m in members), "all channels are tied into one unit", "nothing: removing it removes the layer."))
+            blocked.append(
+                Blocked(
+                    name,
+                    tuple(m.path for m in members),
+                    "all channels are tied into one unit",
+                    "nothing: removing it removes the layer.",
+                )
+            )
     last = len(rank)
     groups.sort(key=lambda g: (rank.get(g.name, last), g.members[0].index[0, 0].item()))
     return _unique(groups), blocked
@@ -166,12 +180,15 @@ def _members(
     units: list[dict[tuple[str, Side], list[int]]],
     rank: Mapping[str, int],
 ) -> tuple[Member, ...]:
-    units = sorted(units, key=lambda sides: min((p, i) for (p, s), i in sides.items() if s == "out"))
+    units = sorted(
+        units, key=lambda sides: min((p, i) for (p, s), i in sides.items() if s == "out")
+    )
     members = []
     for path, side, _ in key:
         index = torch.tensor([sides[path, side] for sides in units])
         module = modules[path]
-        size = channels(module, side) if isinstance(module, nn.Module) else max(module.shape)
+        bare = isinstance(module, nn.Parameter)
+        size = module.shape[bare_axis(module.shape)] if bare else channels(module, side)
         members.append(Member(path, side, index, int(size or 0)))
     last = len(rank)
     return tuple(sorted(members, key=lambda m: (rank.get(m.path, last), m.path, m.side)))
@@ -187,7 +204,9 @@ def _tied(model: nn.Module, members: tuple[Member, ...]) -> set[str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name)
     mine = {m.path for m in members}
-    shared = [o for o in owners.values() if len(o) > 1 and any(n.rpartition(".")[0] in mine for n in o)]
+    shared = [
+        o for o in owners.values() if len(o) > 1 and any(n.rpartition(".")[0] in mine for n in o)
+    ]
     return {f"{' and '.join(repr(n) for n in names)} are one tensor" for names in shared}
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from torch_otprune.errors import PlanError
 from torch_otprune.plan.model import Cut, Slice
-from torch_otprune.structure.layers import Conv, axes, channels, is_depthwise, widths_of
+from torch_otprune.structure.layers import Conv, axes, bare_axis, channels, is_depthwise, widths_of
 
-__all__ = ["check_cuts", "cut_", "put_"]
+__all__ = ["check_cuts", "cut_", "merged", "put_"]
 
 
 def cut_(model: nn.Module, cuts: Sequence[Cut]) -> None:
@@ -27,8 +27,34 @@ def cut_(model: nn.Module, cuts: Sequence[Cut]) -> None:
         PlanError: if a slice does not fit; nothing is written then.
     """
     check_cuts(model, cuts)
-    for piece in (piece for cut in cuts for piece in cut.slices):
+    for piece in merged(cuts):
         _slice_(model, piece)
+
+
+def merged(cuts: Iterable[Cut]) -> list[Slice]:
+    """Join the slices that several groups make on one side of one module.
+
+    Args:
+        cuts: a plan's decisions.
+
+    Returns:
+        one slice per module and side, keeping what all of them keep.
+
+    Raises:
+        PlanError: if nothing would be left of a side.
+    """
+    found: dict[tuple[str, str], Slice] = {}
+    for piece in (piece for cut in cuts for piece in cut.slices):
+        key = piece.path, piece.side
+        keep = set(piece.keep) & set(found[key].keep) if key in found else set(piece.keep)
+        if not keep:
+            raise PlanError(
+                "the cuts leave no channel.",
+                where=f"'{piece.path}', side {piece.side}",
+                fix="keep more in one of the groups that this module reads.",
+            )
+        found[key] = piece.model_copy(update={"keep": tuple(sorted(keep))})
+    return list(found.values())
 
 
 def check_cuts(model: nn.Module, cuts: Iterable[Cut]) -> None:
@@ -46,13 +72,19 @@ def check_cuts(model: nn.Module, cuts: Iterable[Cut]) -> None:
         if piece.path in modules:
             size = channels(modules[piece.path], piece.side)
         else:
-            size = max(parameters[piece.path].shape) if piece.path in parameters else None
+            size = _bare_size(parameters.get(piece.path))
         if size != piece.size:
             raise PlanError(
                 f"the plan cuts {piece.size} channels, the model has {size or 'no such module'}.",
                 where=f"'{piece.path}', side {piece.side}",
                 fix="apply the plan to the dense model it was made for.",
             )
+
+
+def _bare_size(parameter: Tensor | None) -> int | None:
+    if parameter is None or parameter.numel() < 2:
+        return None
+    return parameter.shape[bare_axis(parameter.shape)]
 
 
 def _slice_(model: nn.Module, piece: Slice) -> None:
@@ -62,15 +94,20 @@ def _slice_(model: nn.Module, piece: Slice) -> None:
         module = model.get_submodule(piece.path)
     except AttributeError:
         parent = model.get_submodule(owner)
-        shape = getattr(parent, name).shape
-        put_(parent, name, _take(getattr(parent, name), max(i for i, s in enumerate(shape) if s > 1), keep))
+        bare = getattr(parent, name)
+        put_(parent, name, _take(bare, bare_axis(bare.shape), keep))
         return
     _slice_module_(module, piece, keep)
 
 
 def _slice_module_(module: nn.Module, piece: Slice, keep: Tensor) -> None:
     inner = keep
-    if isinstance(module, Conv) and module.groups > 1 and not is_depthwise(module) and piece.side == "in":
+    if (
+        isinstance(module, Conv)
+        and module.groups > 1
+        and not is_depthwise(module)
+        and piece.side == "in"
+    ):
         inner = torch.unique(keep % (module.in_channels // module.groups))
     for tensor, axis in axes(module, piece.side):
         put_(module, tensor, _take(getattr(module, tensor), axis, inner))

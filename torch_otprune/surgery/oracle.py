@@ -1,4 +1,4 @@
-"""Pruned equals masked: the check that a cut computes what the dense model does without the units."""
+"""Pruned equals masked: a cut must compute what the dense model does without the units."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_otprune.plan.model import Cut
 from torch_otprune.structure.forward import evaluating, flat_tensors, run
-from torch_otprune.surgery.cut import cut_
+from torch_otprune.surgery.cut import cut_, merged
 
 __all__ = ["disagreement", "gap", "masked"]
 
@@ -45,7 +45,7 @@ def masked(model: nn.Module, cuts: Sequence[Cut]) -> Iterator[None]:
     """
     handles = []
     try:
-        for piece in (piece for cut in cuts for piece in cut.slices if piece.side == "in"):
+        for piece in (p for p in merged(cuts) if p.side == "in"):
             module = model.get_submodule(piece.path)
             axis = -1 if isinstance(module, nn.Linear) else 1
             handles.append(module.register_forward_pre_hook(_Mask(piece.keep, piece.size, axis)))
@@ -94,7 +94,9 @@ def gap(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     """
     if [t.shape for t in expected] != [t.shape for t in got]:
         return float("inf")
-    pairs = [(a, b) for a, b in zip(expected, got) if a.is_floating_point() and a.numel()]
+    pairs = [
+        (a, b) for a, b in zip(expected, got, strict=True) if a.is_floating_point() and a.numel()
+    ]
     scale = max((float(a.abs().max()) for a, _ in pairs), default=0.0)
     worst = max((float((a - b).abs().nan_to_num(torch.inf).max()) for a, b in pairs), default=0.0)
     return worst / scale if scale else worst

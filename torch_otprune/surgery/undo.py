@@ -44,7 +44,10 @@ class _Record:
             if isinstance(value, (int, float, str, tuple)) and not key.startswith("_")
         }
         self.tensors: dict[str, dict[str, tuple[Tensor | None, Tensor | None]]] = {
-            table: {key: (t, None if t is None else t.detach().clone()) for key, t in vars(module)[table].items()}
+            table: {
+                key: (t, None if t is None else t.detach().clone())
+                for key, t in vars(module)[table].items()
+            }
             for table in _TABLES
         }
 

@@ -2,7 +2,65 @@
 
 from __future__ import annotations
 
+from torch_otprune.transport.barycenter import barycenter_1d, barycenter_gaussian, barycenter_grid
+from torch_otprune.transport.cost import ground_cost, sqdist
+from torch_otprune.transport.couple import Coupling
+from torch_otprune.transport.couplings import coupling, coupling_points, couplings
+from torch_otprune.transport.dispatch import explain
+from torch_otprune.transport.divergence import Divergence, divergence, divergence_report
+from torch_otprune.transport.estimate import Estimate, estimate, paired_distance
+from torch_otprune.transport.exact import assignment
 from torch_otprune.transport.facility import FacilityLocation, facility_location
+from torch_otprune.transport.flowtree import Flowtree, candidates, flowtree
+from torch_otprune.transport.gaussian import GaussianMap, gaussian, gaussian_points
+from torch_otprune.transport.line import pairwise_1d, quantiles, wasserstein_1d
+from torch_otprune.transport.reduce import principal
+from torch_otprune.transport.sliced import (
+    MaxSliced,
+    max_sliced,
+    sliced,
+    sliced_features,
+    sliced_kernel,
+)
 from torch_otprune.transport.swaps import improve, lower_bound
+from torch_otprune.transport.topk import soft_topk
 
-__all__ = ["FacilityLocation", "facility_location", "improve", "lower_bound"]
+__all__ = [
+    "Coupling",
+    "Divergence",
+    "Estimate",
+    "FacilityLocation",
+    "Flowtree",
+    "GaussianMap",
+    "MaxSliced",
+    "assignment",
+    "barycenter_1d",
+    "barycenter_gaussian",
+    "barycenter_grid",
+    "candidates",
+    "coupling",
+    "coupling_points",
+    "couplings",
+    "divergence",
+    "divergence_report",
+    "estimate",
+    "explain",
+    "facility_location",
+    "flowtree",
+    "gaussian",
+    "gaussian_points",
+    "ground_cost",
+    "improve",
+    "lower_bound",
+    "max_sliced",
+    "paired_distance",
+    "pairwise_1d",
+    "principal",
+    "quantiles",
+    "sliced",
+    "sliced_features",
+    "sliced_kernel",
+    "soft_topk",
+    "sqdist",
+    "wasserstein_1d",
+]

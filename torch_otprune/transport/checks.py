@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torch_otprune.errors import TransportError
 
-__all__ = ["cloud", "finite", "masses", "order_of", "refuse"]
+__all__ = ["cloud", "finite", "masses", "order_of", "refuse", "same_space"]
 
 
 def refuse(wrong: Tensor | bool, problem: str, *, where: str, fix: str) -> None:
@@ -68,3 +68,13 @@ def order_of(p: float) -> float:
         fix="use p=2, or p=1 where outliers matter.",
     )
     return float(p)
+
+
+def same_space(x: Tensor, y: Tensor) -> None:
+    """Refuse two clouds of different dimensions."""
+    refuse(
+        x.shape[1] != y.shape[1],
+        f"points of {x.shape[1]} dimensions cannot be compared with points of {y.shape[1]}.",
+        where="arguments x and y",
+        fix="pass two clouds with the same number of columns.",
+    )

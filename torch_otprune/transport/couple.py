@@ -89,7 +89,7 @@ class Coupling:
         cost = self.geometry.block(slice(None)) if cost is None else cost
         return (cost * self._dense()).sum()
 
-    def apply(self, values: Float[Tensor, "m *c"]) -> Float[Tensor, "n *c"]:
+    def apply(self, values: Float[Tensor, "m ..."]) -> Float[Tensor, "n ..."]:
         """Multiply the plan with values on the targets; nothing n x m is stored."""
         flat = values.reshape(len(values), -1)
         if self.links is not None:
@@ -100,7 +100,7 @@ class Coupling:
             out = torch.cat([plan.to(flat) @ flat for _, _, plan in self._blocks()])
         return out.reshape(len(self.a), *values.shape[1:])
 
-    def barycentric_map(self, values: Float[Tensor, "m *c"]) -> Float[Tensor, "n *c"]:
+    def barycentric_map(self, values: Float[Tensor, "m ..."]) -> Float[Tensor, "n ..."]:
         """Send every source to the mean of the values it is coupled with.
 
         Args:

@@ -38,6 +38,11 @@ class Links:
     f: Float[Tensor, " n"] | None = None
     g: Float[Tensor, " m"] | None = None
 
+    def parts(self) -> tuple[Tensor, ...]:
+        """List the tensors, without potentials that are not known."""
+        every = (self.rows, self.columns, self.mass, self.f, self.g)
+        return tuple(part for part in every if part is not None)
+
 
 def assignment(cost: Float[Tensor, "n m"]) -> Int[Tensor, " n"]:
     """Give every row its own column at the least total cost.
@@ -87,9 +92,9 @@ def solve_exact(
     copies = math.lcm(n, m)
     if _uniform(a) and _uniform(b) and copies <= max(REPEAT, n, m):
         return _by_assignment(cost, float(a.sum(dtype=torch.float64)), copies)
-    return _by_program(
-        cost.double(), a.double(), b.double() * (a.double().sum() / b.double().sum())
-    )
+    x, y = a.double().cpu(), b.double().cpu()
+    links = _by_program(cost.double().cpu(), x, y * (x.sum() / y.sum()))
+    return Links(*(part.to(cost.device) for part in links.parts()))
 
 
 def solve_line(
@@ -174,11 +179,9 @@ def _reduced(cost: Tensor) -> Tensor:
 
 
 def _by_program(cost: Tensor, a: Tensor, b: Tensor) -> Links:
-    """Solve the linear program on the few links that could matter, until the rest prove idle.
-
-    Source: Schmitzer 2016 (solve sparse, verify by duals); the first links come from an entropic
-    solution, as in Bonneel-style warm starts. Ours in this combination.
-    """
+    """Solve the linear program on the few links that could matter, until the rest prove idle."""
+    # Solve sparse, verify by duals (Schmitzer 2016); that an entropic solution names the first
+    # links is ours.
     n, m = cost.shape
     scale = float(cost.abs().mean()) or 1.0
     active = _promising(cost, a, b, scale)
@@ -209,7 +212,7 @@ def _promising(cost: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     few = min(6, n, m)
     active.scatter_(1, reduced.topk(few, 1, largest=False).indices, True)
     active.scatter_(0, reduced.topk(few, 0, largest=False).indices, True)
-    corner = solve_line(torch.arange(n), torch.arange(m), a, b)
+    corner = solve_line(torch.arange(n).to(a), torch.arange(m).to(b), a, b)
     active[corner.rows, corner.columns] = True
     return active
 

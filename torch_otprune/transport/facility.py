@@ -82,7 +82,7 @@ def facility_location(
     Example:
         >>> x = torch.tensor([0.0, 0.1, 5.0])
         >>> facility_location((x[:, None] - x).abs(), x.abs()).order
-        tensor([2, 0, 1])
+        tensor([2, 1, 0])
     """
     cost, null = _checked(cost, null)
     wanted = _sizes(sizes, cost.shape[1])
@@ -208,9 +208,9 @@ class _Gains:
 
     def _exact(self, candidates: Tensor) -> Tensor:
         parts = candidates.split(max(1, 2**24 // len(self.nearest)))
-        return torch.cat([
-            (self.nearest - self.columns[part]).clamp_(min=0).sum(1) for part in parts
-        ])
+        return torch.cat(
+            [(self.nearest - self.columns[part]).clamp_(min=0).sum(1) for part in parts]
+        )
 
     def _forget(self, rows: Tensor, new: Tensor) -> None:
         """Take off every gain what it had from rows that are better served now."""

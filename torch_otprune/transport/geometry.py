@@ -14,6 +14,7 @@ from torch_otprune.transport.cost import ground_cost, root
 
 __all__ = ["Cloud", "Geometry", "Stored", "softmin"]
 
+CACHE = 2**20  # entries that stay in the cache between a product and its reduction
 BLOCK = 2**22  # entries of the cost held at a time when it is not stored
 
 
@@ -48,10 +49,13 @@ class Geometry(ABC):
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Walk over the rows."""
-        step = max(1, BLOCK // self.shape[1])
-        for start in range(0, self.shape[0], step):
-            rows = slice(start, min(start + step, self.shape[0]))
+        for rows in self.slices():
             yield rows, self.block(rows)
+
+    def slices(self) -> list[slice]:
+        """Cut the rows so that a block of the cost stays small."""
+        step = max(1, BLOCK // self.shape[1])
+        return [slice(i, min(i + step, self.shape[0])) for i in range(0, self.shape[0], step)]
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,20 @@ class Cloud(Geometry):
 
 def softmin(geometry: Geometry, h: Float[Tensor, " m"], eps: float) -> Float[Tensor, " n"]:
     """Compute -eps log sum_j exp(h_j - C_ij / eps) for every source, in the unit of the cost."""
-    parts = [
-        torch.logsumexp(cost.div(-eps).add_(h) if not cost.requires_grad else h - cost / eps, dim=1)
-        for _, cost in geometry.blocks()
-    ]
+    if isinstance(geometry, Cloud) and geometry.p == 2:
+        return _softmin_squared(geometry.x, geometry.y, h, eps)
+    parts = [torch.logsumexp(h - cost / eps, dim=1) for _, cost in geometry.blocks()]
     return -eps * torch.cat(parts)
+
+
+def _softmin_squared(x: Tensor, y: Tensor, h: Tensor, eps: float) -> Tensor:
+    """Expand the square: what depends on one side alone moves out of the product."""
+    centre = y.mean(0)
+    x, y = x - centre, y - centre
+    tilt, own = h - y.square().sum(1) / eps, x.square().sum(1)
+    step = max(1, CACHE // len(y))
+    parts = [
+        torch.logsumexp(torch.addmm(tilt, part, y.T, alpha=2 / eps), dim=1)
+        for part in torch.split(x, step)
+    ]
+    return own - eps * torch.cat(parts)

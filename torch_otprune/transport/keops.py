@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
+import re
 import shutil
+import sys
 import threading
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["available", "softmin_keops", "unavailable_because"]
+__all__ = ["available", "import_keops", "softmin_keops", "unavailable_because"]
 
 logger = logging.getLogger(__name__)
 # Concurrent reductions gave silently wrong sums in pykeops 2.3, so there is one at a time.
@@ -57,40 +61,38 @@ def softmin_keops(
 
 
 def _logsumexp(formula: str, x: Tensor, y: Tensor, h: Tensor, eps: float) -> Tensor:
-    from_torch = _import()
+    keops = import_keops()
     d = x.shape[1]
     names = [f"X=Vi({d})", f"Y=Vj({d})", "H=Vj(1)", "E=Pm(1)"]
-    key = (formula, d, x.dtype, x.device.type)
+    key = (formula, d, x.dtype, x.device.type, sys.version_info[:2])
     with LOCK, _compiling(key), contextlib.redirect_stdout(io.StringIO()):
-        sums = from_torch.generic_logsumexp(f"H-E*{formula}", "A=Vi(1)", *names)
+        sums = keops.generic_logsumexp(f"H-E*{formula}", "A=Vi(1)", *names)
         args = (x.contiguous(), y.contiguous(), h[:, None].contiguous(), x.new_tensor([1 / eps]))
         with torch.no_grad():
             out: Tensor = sums(*args)
     return out[:, 0]
 
 
-SEEN: set[object] = set()
-
-
 @contextlib.contextmanager
-def _compiling(key: object) -> Any:
-    """Say on stderr, once per formula and dimension, why the first call is slow."""
-    if key not in SEEN:
-        SEEN.add(key)
-        logger.info("KeOps compiles %s if it is not in the cache yet (6 to 60 s, once).", key)
+def _compiling(key: tuple[object, ...]) -> Iterator[None]:
+    """Say on stderr, once per formula and dimension on this machine, why a call is slow."""
+    name = "-".join(re.sub(r"\W+", "", str(part)) for part in key)
+    done = Path(os.environ["KEOPS_CACHE_FOLDER"]) / f"compiled-{name}"
+    if not done.exists():
+        logger.warning("KeOps compiles %s for the first time here; this takes 6 to 60 s.", name)
     yield
+    with contextlib.suppress(OSError):
+        done.touch()
 
 
 @cache
-def _import() -> Any:
+def import_keops() -> Any:
     """Import pykeops without its printing, with a per-user cache."""
     os.environ.setdefault("PYKEOPS_VERBOSE", "0")
     os.environ.setdefault("KEOPS_VERBOSE", "0")
-    if "KEOPS_CACHE_FOLDER" not in os.environ:
-        home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        folder = Path(home) / "torch_otprune" / "keops"
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ["KEOPS_CACHE_FOLDER"] = str(folder)
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = os.environ.setdefault("KEOPS_CACHE_FOLDER", f"{home}/torch_otprune/keops")
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with contextlib.redirect_stdout(io.StringIO()):
         import pykeops.torch
     return pykeops.torch
@@ -102,7 +104,7 @@ def _probe() -> str | None:
     try:
         x = torch.tensor([[0.0], [1.0]])
         got = softmin_keops(x, x, torch.zeros(2), 1.0, 2.0)
-    except Exception as error:  # pykeops raises many kinds, and all mean the same to us
+    except Exception as error:  # noqa: BLE001 -- pykeops raises many kinds with one meaning
         return f"its first reduction failed: {type(error).__name__}: {error}"
-    want = -torch.tensor([1.0, 1.0]).add(torch.exp(torch.tensor(-1.0)) - 0.0).log()
+    want = -torch.full((2,), 1 + math.exp(-1)).log()
     return None if torch.allclose(got, want, atol=1e-5) else "its first reduction was wrong"

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.transport.checks import cloud, masses, order_of, refuse
+from torch_otprune.transport.checks import cloud, masses, order_of, same_space
 from torch_otprune.transport.cost import root, sqdist
 
 __all__ = ["pairwise_1d", "quantiles", "sort_rows", "wasserstein_1d"]
@@ -70,12 +70,7 @@ def wasserstein_1d(
     Source: W_p^p is the integral of |F^-1 - G^-1|^p over (0, 1) (Peyré & Cuturi 2019, 2.6).
     """
     x, y, p = cloud(x, "x"), cloud(y, "y"), order_of(p)
-    refuse(
-        x.shape[1] != y.shape[1],
-        f"{x.shape[1]} columns cannot be compared with {y.shape[1]}.",
-        where="wasserstein_1d, arguments x and y",
-        fix="pass the same number of columns twice.",
-    )
+    same_space(x, y)
     y = y.to(x)
     if a is None and b is None and len(x) == len(y):
         gap = (sort_rows(x.T) - sort_rows(y.T)).abs()

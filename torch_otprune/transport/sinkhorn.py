@@ -158,6 +158,7 @@ def log_domain(
     eps: float,
     *,
     start: float,
+    first: tuple[Tensor, Tensor] | None = None,
     damp: tuple[float, float] = (1.0, 1.0),
     tol: float = 1e-3,
     limit: int = 2000,
@@ -171,6 +172,7 @@ def log_domain(
         b: target weights.
         eps: final temperature, in the unit of the cost.
         start: first temperature, usually the largest cost.
+        first: potentials to start from; None is zero.
         damp: factors from `damping`.
         tol: marginal error to reach.
         limit: iterations to spend at the final temperature.
@@ -179,17 +181,18 @@ def log_domain(
         potentials with exact columns.
     """
     log_a, log_b = a.log(), b.log()
-    f, g = torch.zeros_like(a), torch.zeros_like(b)
-    heat, error, count = max(start, eps), a.new_tensor(torch.inf), 0
+    f, g = (torch.zeros_like(a), torch.zeros_like(b)) if first is None else first
+    heat = max(start, eps)
     while True:
         heat = max(heat / STAGES, eps)
-        for count in range(1, (limit if heat == eps else 3) + 1):
+        last = heat == eps
+        for count in range(1, (limit if last else 3) + 1):
             new = damp[0] * softmin_rows(log_b + g / heat, heat)
             # The row marginal of the current plan, over the one the new potential would have.
             moved = a * ((f - new) / heat).expm1().abs()
             error, f = moved.sum() / a.sum(), new
             g = damp[1] * softmin_columns(log_a + f / heat, heat)
-            if float(error) <= tol:
+            if float(error) <= tol or (last and count == limit):
                 break
-        if heat == eps:
+        if last:
             return Potentials(f, g, error, count)

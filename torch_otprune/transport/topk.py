@@ -17,12 +17,12 @@ SAMPLE = 100_000
 
 
 def soft_topk(
-    scores: Float[Tensor, " n"],
+    scores: Float[Tensor, "*shape"],
     k: float,
     *,
     eps: float = 0.1,
-    costs: Float[Tensor, " n"] | None = None,
-) -> Float[Tensor, " n"]:
+    costs: Float[Tensor, "*shape"] | None = None,
+) -> Float[Tensor, "*shape"]:
     """Spread a budget over entries, softly preferring the largest scores.
 
     Args:
@@ -41,8 +41,8 @@ def soft_topk(
     from the budget (Xie et al. 2020, in closed form); gradient by the implicit function theorem.
 
     Example:
-        >>> soft_topk(torch.tensor([1.0, 2.0, 3.0]), 1, eps=0.01)
-        tensor([3.7835e-44, 3.7201e-44, 1.0000e+00])
+        >>> soft_topk(torch.tensor([1.0, 2.0, 3.0]), 1.5, eps=0.5)
+        tensor([0.1192, 0.5000, 0.8808])
     """
     scores = finite(scores, "scores")
     weights = None if costs is None else finite(costs, "costs").to(scores)

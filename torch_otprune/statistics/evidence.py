@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from torch_otprune.observe.moments import Moments
-from torch_otprune.observe.patches import full_weight
-from torch_otprune.observe.sensitivity import Sensitivity
+from torch_otprune.statistics.moments import Moments
+from torch_otprune.statistics.patches import full_weight
+from torch_otprune.statistics.sensitivity import Sensitivity
 from torch_otprune.structure.graph import Graph, Group, Member
 from torch_otprune.structure.layers import BatchNorm, kernel
 
@@ -68,8 +68,14 @@ class Evidence:
 
 
 def gather(
-    model: nn.Module, graph: Graph, group: Group, *, moments: dict[str, Moments],
-    sensitivity: Sensitivity | None, seed: int,
+    model: nn.Module,
+    graph: Graph,
+    group: Group,
+    *,
+    moments: dict[str, Moments],
+    sensitivity: Sensitivity | None,
+    feel: bool = True,
+    seed: int,
 ) -> Evidence:
     """Lay out all that is known about one group.
 
@@ -79,15 +85,22 @@ def gather(
         group: the group.
         moments: observed second moments, by consumer.
         sensitivity: what the output feels; None if it was not measured.
+        feel: whether consumers' errors are weighted by it.
         seed: the policy's seed.
 
     Returns:
         the evidence.
     """
-    readers = tuple(_consumer(model, graph, m, moments, sensitivity) for m in group.consumers)
+    felt = sensitivity if feel else None
+    readers = tuple(_consumer(model, graph, m, moments, felt) for m in group.consumers)
     return Evidence(
-        group.name, group.units, _producers(model, group), _scales(model, group), readers,
-        _taylor(group, sensitivity), seed,
+        group.name,
+        group.units,
+        _producers(model, group),
+        _scales(model, group),
+        readers,
+        _taylor(group, sensitivity),
+        seed,
     )
 
 
@@ -97,13 +110,18 @@ def _unit_columns(member: Member, taps: int) -> Int[Tensor, "units taps"]:
 
 
 def _consumer(
-    model: nn.Module, graph: Graph, member: Member, moments: dict[str, Moments], sensitivity: Sensitivity | None
+    model: nn.Module,
+    graph: Graph,
+    member: Member,
+    moments: dict[str, Moments],
+    sensitivity: Sensitivity | None,
 ) -> Consumer:
     module = model.get_submodule(member.path)
     at = _unit_columns(member, kernel(module))
     tail = graph.tails.get(member.path)
     absorbs = getattr(module, "bias", None) is not None or (
-        tail is not None and any(isinstance(model.get_submodule(p), BatchNorm) for p in tail.modules)
+        tail is not None
+        and any(isinstance(model.get_submodule(p), BatchNorm) for p in tail.modules)
     )
     second = None
     if member.path in moments:
@@ -111,8 +129,8 @@ def _consumer(
         second = chosen.view(*at.shape, *at.shape)
     weight = full_weight(module).cpu()
     feel = torch.ones(len(weight), dtype=torch.float64)
-    if sensitivity is not None and member.path in sensitivity.outputs:
-        feel = sensitivity.outputs[member.path].cpu() / sensitivity.samples
+    if sensitivity is not None and (found := sensitivity.feel(member.path)) is not None:
+        feel = found.cpu()
     return Consumer(member.path, weight[:, at], second, absorbs, feel)
 
 
@@ -148,4 +166,4 @@ def _taylor(group: Group, sensitivity: Sensitivity | None) -> Tensor | None:
     for member in group.consumers:
         if member.path in sensitivity.inputs:
             total += sensitivity.inputs[member.path].cpu()[member.index].sum(1)
-    return total / max(sensitivity.samples, 1)
+    return total / max(sensitivity.samples * sensitivity.draws, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ def columns(module: nn.Module) -> int:
 
 
 def supported(module: nn.Module) -> bool:
-    """Tell whether a layer's input can be laid out in rows: dense, or a plain 1-D or 2-D convolution."""
+    """Tell whether a layer's input can be laid out in rows: dense, or a 1-D or 2-D convolution."""
     if isinstance(module, nn.Linear):
         return True
     return isinstance(module, (nn.Conv1d, nn.Conv2d)) and not module.transposed
@@ -40,7 +40,8 @@ def positions(module: nn.Module, x: Tensor) -> int:
 def _geometry(module: nn.Module, x: Tensor) -> list[tuple[int, int, int, tuple[int, int], int]]:
     pads = module._reversed_padding_repeated_twice  # type: ignore[union-attr]
     sides = [(pads[2 * i], pads[2 * i + 1]) for i in range(len(pads) // 2)][::-1]  # type: ignore[index,arg-type]
-    return list(zip(x.shape[2:], module.kernel_size, module.stride, sides, module.dilation))  # type: ignore[arg-type,call-overload]
+    axes = (x.shape[2:], module.kernel_size, module.stride, sides, module.dilation)
+    return list(zip(*axes, strict=True))  # type: ignore[arg-type]
 
 
 def pick(total: int, wanted: int, path: str, seed: int) -> Tensor:
@@ -76,7 +77,9 @@ def rows(module: nn.Module, x: Tensor, at: Tensor) -> Float[Tensor, "rows column
     if isinstance(module, nn.Linear):
         return x.reshape(len(x), -1, x.shape[-1])[:, at].flatten(0, 1)
     if isinstance(module, nn.Conv1d):
-        return _conv_rows(x.unsqueeze(2), at, [(1, 1, 1, (0, 0), 1), *_steps(module, x)], module.padding_mode)
+        return _conv_rows(
+            x.unsqueeze(2), at, [(1, 1, 1, (0, 0), 1), *_steps(module, x)], module.padding_mode
+        )
     return _conv_rows(x, at, _steps(module, x), module.padding_mode)  # type: ignore[arg-type]
 
 
@@ -90,7 +93,10 @@ def _conv_rows(
     (_, kh, sh, ph, dh), (_, kw, sw, pw, dw) = geometry
     if any((*ph, *pw)):
         x = F.pad(x, (*pw, *ph), mode="constant" if mode == "zeros" else mode)
-    high, wide = ((x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1)
+    high, wide = (
+        (x.shape[2] - dh * (kh - 1) - 1) // sh + 1,
+        (x.shape[3] - dw * (kw - 1) - 1) // sw + 1,
+    )
     sn, sc, sy, sx = x.stride()
     windows = x.as_strided(
         (len(x), x.shape[1], high, wide, kh, kw), (sn, sc, sy * sh, sx * sw, sy * dh, sx * dw)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.errors import CalibrationError
-from torch_otprune.observe.moments import Moments
-from torch_otprune.observe.patches import columns, pick, positions, rows, supported
+from torch_otprune.statistics.moments import Moments
+from torch_otprune.statistics.patches import columns, pick, positions, rows, supported
 from torch_otprune.structure.graph import Graph
 
 __all__ = ["Recorder", "consumers", "quote"]
@@ -60,9 +60,16 @@ class Recorder:
     """
 
     def __init__(
-        self, model: nn.Module, paths: Iterable[str], *, samples: int, rows_per_column: int, seed: int
+        self,
+        model: nn.Module,
+        paths: Iterable[str],
+        *,
+        samples: int,
+        rows_per_column: int,
+        seed: int,
     ) -> None:
         self.samples, self.rows_per_column, self.seed = samples, rows_per_column, seed
+        self.active = True
         self.moments: dict[str, Moments] = {}
         self.at: dict[str, Tensor] = {}
         self.handles = [
@@ -87,7 +94,7 @@ class Recorder:
         Raises:
             CalibrationError: if the input is not finite.
         """
-        if not supported(module):
+        if not self.active or not supported(module):
             return
         if not bool(torch.isfinite(x.sum())):
             raise CalibrationError(
@@ -110,8 +117,13 @@ class Recorder:
 class _See:
     """The hook of one layer."""
 
-    def __init__(self, recorder: Recorder, path: str) -> None:
+    def __init__(self, recorder: Recorder | None, path: str) -> None:
         self.recorder, self.path = recorder, path
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.recorder.see(self.path, module, inputs[0])
+        if self.recorder is not None:
+            self.recorder.see(self.path, module, inputs[0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without the statistics: a copy of the model is not observed."""
+        return _See, (None, self.path)

@@ -1,0 +1,269 @@
+"""A policy on a module: hooks that watch, and the handle that turns what they saw into a plan."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_otprune.criteria.base import Criterion
+from torch_otprune.decide import decide
+from torch_otprune.errors import CalibrationError, PolicyError, StructureError
+from torch_otprune.plan import Plan
+from torch_otprune.policy import Policy, policy_of
+from torch_otprune.statistics import Observation, Recorder, collect, conclude, consumers, quote
+from torch_otprune.structure import Call, Graph, batch_size, evaluating, head, run, trace
+from torch_otprune.structure.trace import check
+
+__all__ = ["Attached", "attach", "observe"]
+
+_log = logging.getLogger(__name__)
+_EXAMPLE = 2  # samples of the first batch that the trace runs on
+
+
+def attach(model: nn.Module, policy: Policy | None = None, *, example: Any = None) -> Attached:
+    """Put a policy on a model: forward hooks and nothing else.
+
+    Use it as a context manager, or call `remove` yourself. Run data through the model in any
+    mode; then ask for the plan. A policy given here wins over one declared on the class.
+
+    Args:
+        model: the dense model.
+        policy: the declaration; by default the one that `@prunable` put on the class.
+        example: one batch to analyse the model on; by default the first that comes by.
+
+    Returns:
+        the handle.
+
+    Raises:
+        PolicyError: if there is no policy.
+        StructureError: if the model cannot be pruned, or has a policy attached already.
+    """
+    check(model)
+    found = policy or policy_of(model)
+    if found is None:
+        raise PolicyError(
+            "there is no policy for this model.",
+            where=f"attach({type(model).__name__})",
+            fix="pass a Policy, or declare one with @otp.prunable on the class.",
+        )
+    if any(isinstance(h, _Watch) and h.attached for h in model._forward_pre_hooks.values()):
+        raise StructureError(
+            "a policy is attached to this model already.",
+            where=type(model).__name__,
+            fix="remove the first attachment, or leave its `with` block.",
+        )
+    return Attached(model, found, example)
+
+
+def observe(attached: Attached, data: Iterable[Any] | Callable[[nn.Module], Any]) -> Attached:
+    """Run calibration data through an attached model, in evaluation mode, without gradients.
+
+    Args:
+        attached: the handle.
+        data: batches (tensor, tuple, mapping, Transformers batch), or a function that runs the
+            model it is given.
+
+    Returns:
+        the same handle.
+
+    Raises:
+        CalibrationError: if there is no batch, or one holds NaN or infinity.
+    """
+    model = attached.model
+    batches = collect(model, data, attached.policy.calibration.samples)
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            run(model, batch)
+    return attached
+
+
+class Attached:
+    """A model being watched. Made by `attach`.
+
+    Args:
+        model: the dense model.
+        policy: the declaration.
+        example: one batch to analyse the model on; None waits for the first.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy, example: Any) -> None:
+        self.model, self.policy = model, policy
+        self.graph: Graph | None = None
+        self.samples = 0
+        self._recorder: Recorder | None = None
+        self._probes: list[Any] = []
+        self._example: Any = None
+        self._needs = _needs(policy)
+        if example is not None:
+            self._analyse(example)
+        self._watch = _Watch(self)
+        self._handle = model.register_forward_pre_hook(self._watch, with_kwargs=True)
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    @property
+    def bytes(self) -> int:
+        """Quote the memory of the statistics; known once the model was analysed, before data."""
+        if self.graph is None or "moments" not in self._needs:
+            return 0
+        return quote(self.model, consumers(self.graph))
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Run the model without taking notice of it.
+
+        Yields:
+            nothing.
+        """
+        before = self._watch.busy
+        self._watch.busy = True
+        try:
+            yield
+        finally:
+            self._watch.busy = before
+
+    def remove(self) -> None:
+        """Take every hook off. What was seen stays available to `plan`."""
+        self._handle.remove()
+        if self._recorder is not None:
+            self._recorder.remove()
+
+    def plan(self) -> Plan:
+        """Decide what to remove, and check the decision on the real model. Nothing is removed.
+
+        Returns:
+            the plan.
+
+        Raises:
+            CalibrationError: if the model was not run.
+        """
+        graph = self._known()
+        with self.unwatched(), self._recorder_off():
+            return decide(self.model, self.policy, graph, self.observation(), self._example)
+
+    @contextmanager
+    def _recorder_off(self) -> Iterator[None]:
+        recorder = self._recorder or _blind(self.model)
+        recorder.active, before = False, recorder.active
+        try:
+            yield
+        finally:
+            recorder.active = before
+
+    def observation(self) -> Observation:
+        """Sum up what was seen, over all ranks.
+
+        Returns:
+            the statistics.
+
+        Raises:
+            CalibrationError: if the model was not run.
+        """
+        graph = self._known()
+        recorder = self._recorder or _blind(self.model)
+        if "moments" in self._needs and not recorder.moments and consumers(graph):
+            raise CalibrationError(
+                "the model was not run since the policy was attached.",
+                where=f"attach({type(self.model).__name__})",
+                fix="run calibration batches through the model before plan().",
+            )
+        return conclude(
+            self.model,
+            recorder,
+            self._probes,
+            consumers(graph),
+            samples=self.samples,
+            feel="sensitivity" in self._needs and bool(self._probes),
+            seed=self.policy.seed,
+        )
+
+    def _known(self) -> Graph:
+        if self.graph is None:
+            raise CalibrationError(
+                "the model was not run since the policy was attached.",
+                where=f"attach({type(self.model).__name__})",
+                fix="run calibration batches through the model before plan(), or pass example=.",
+            )
+        return self.graph
+
+    def _analyse(self, batch: Any) -> None:
+        self._example = head(batch, _EXAMPLE)
+        self.graph = trace(self.model, self._example)
+        if "moments" not in self._needs:
+            return
+        _log.info("statistics will take %.1f MB", self.bytes / 1e6)
+        calibration = self.policy.calibration
+        self._recorder = Recorder(
+            self.model,
+            consumers(self.graph),
+            samples=calibration.samples,
+            rows_per_column=calibration.rows_per_dim,
+            seed=self.policy.seed,
+        )
+
+    def see(self, batch: Call) -> None:
+        """Take notice of a batch that is about to run.
+
+        Args:
+            batch: the model's arguments.
+        """
+        if self.graph is None:
+            self._analyse(batch)
+        calibration = self.policy.calibration
+        probed = sum(batch_size(b) for b in self._probes)
+        if "sensitivity" in self._needs and probed < calibration.probe:
+            self._probes.append(head(batch, calibration.probe - probed))
+        if self._recorder is not None:
+            self._recorder.active = self.samples < calibration.samples
+        if self.samples < calibration.samples:
+            self.samples += batch_size(batch)
+
+
+def _needs(policy: Policy) -> frozenset[str]:
+    """Collect the statistics that the chosen criteria, repairs and weighting ask for."""
+    needs: set[str] = set()
+    for rule in policy.rules:
+        criterion = getattr(rule, "criterion", None)
+        needs |= criterion.needs if isinstance(criterion, Criterion) else set()
+        if any(r.kind in ("least_squares", "reconstruct") for r in getattr(rule, "repair", ())):
+            needs.add("moments")
+    if policy.budget is not None and policy.budget.weighting == "output":
+        needs |= {"moments", "sensitivity"}
+    return frozenset(needs)
+
+
+def _blind(model: nn.Module) -> Recorder:
+    return Recorder(model, (), samples=1, rows_per_column=1, seed=0)
+
+
+class _Watch:
+    """The one hook on the root: it sees every batch before the model does."""
+
+    def __init__(self, attached: Attached | None) -> None:
+        self.attached = attached
+        self.busy = False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.attached is None or self.busy:  # the analysis runs the model itself
+            return
+        with self.attached.unwatched():
+            self.attached.see(Call(args, kwargs))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without the handle: a copy of the model is not attached."""
+        return _Watch, (None,)

@@ -1,0 +1,62 @@
+"""The decision, checked on the real model before anybody sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from torch_otprune.errors import VerificationError
+from torch_otprune.plan import Cut, Plan, make_plan
+from torch_otprune.policy import Policy
+from torch_otprune.statistics import Observation
+from torch_otprune.structure import Graph
+from torch_otprune.surgery import disagreement, tolerance
+
+__all__ = ["decide"]
+
+
+def decide(
+    model: nn.Module, policy: Policy, graph: Graph, observation: Observation, example: Any
+) -> Plan:
+    """Plan, and check on the real model that every cut computes what masking would.
+
+    A group that fails is refused with the measured difference, and the plan is made anew
+    without it. Costs one copy of the model and, where nothing fails, two forward passes.
+
+    Args:
+        model: the dense model; left as it was.
+        policy: the declaration.
+        graph: the model's analysis.
+        observation: what calibration found.
+        example: one batch.
+
+    Returns:
+        a plan whose cuts all passed.
+
+    Raises:
+        VerificationError: if cuts pass one by one and fail together.
+    """
+    banned: dict[str, str] = {}
+    while True:
+        plan = make_plan(model, policy, graph, observation, banned=banned)
+        if disagreement(model, plan.cuts, example) <= tolerance(model):
+            return plan
+        failed = _failures(model, plan.cuts, example)
+        if not failed:
+            raise VerificationError(
+                "the cuts are right one by one, but not together.",
+                where=", ".join(cut.group for cut in plan.cuts),
+                fix="ignore one of these groups, and report the model.",
+            )
+        banned |= failed
+
+
+def _failures(model: nn.Module, cuts: Sequence[Cut], example: Any) -> dict[str, str]:
+    off = {cut.group: disagreement(model, [cut], example) for cut in cuts}
+    return {
+        name: f"cut and masked outputs differ by {gap:.1e} of the largest output"
+        for name, gap in off.items()
+        if gap > tolerance(model)
+    }

@@ -1,0 +1,126 @@
+"""The whole story in one screen: decide, cut, repair, verify."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from torch_otprune.attach import attach, observe
+from torch_otprune.plan import Cut, Plan
+from torch_otprune.policy import Policy
+from torch_otprune.repair import Note, Patient, Repair
+from torch_otprune.report import Report
+from torch_otprune.statistics import collect
+from torch_otprune.store import forget, remember
+from torch_otprune.structure import Graph, trace
+from torch_otprune.surgery import Snapshot, check_plan, cut_
+from torch_otprune.verify import Progress, Stopwatch, quiet, verify
+
+__all__ = ["apply_", "prune_", "repair_"]
+
+Data = Iterable[Any] | Callable[[nn.Module], Any]
+
+
+def prune_(
+    model: nn.Module, policy: Policy | None, data: Data, *, progress: Progress = quiet
+) -> Report:
+    """Make a model smaller in place: observe, plan, cut, repair, verify.
+
+    Args:
+        model: the dense model.
+        policy: the declaration; None takes the one on the class.
+        data: calibration batches, or a function that runs the model it is given.
+        progress: told the stage, the steps done and the steps in all.
+
+    Returns:
+        the report; `report.undo_()` goes back.
+
+    Raises:
+        OTPruneError: with the model as it was.
+    """
+    with attach(model, policy) as attached:
+        batches = collect(model, data, attached.policy.calibration.samples)
+        observe(attached, batches)
+        progress("plan", 0, 1)
+        plan = attached.plan()
+    return apply_(model, plan, batches, progress=progress)
+
+
+def apply_(
+    model: nn.Module, plan: Plan, data: Data | None = None, *, progress: Progress = quiet
+) -> Report:
+    """Carry out a plan in place, all or nothing, then prove what it did.
+
+    Args:
+        model: the dense model that the plan was made for.
+        plan: what to do.
+        data: calibration batches for the repairs and the report.
+        progress: told the stage, the steps done and the steps in all.
+
+    Returns:
+        the report; `report.undo_()` goes back, bit for bit.
+
+    Raises:
+        OTPruneError: with the model as it was.
+    """
+    check_plan(model, plan)
+    batches = collect(model, data if data is not None else (), plan.policy.calibration.samples)
+    watch = Stopwatch(progress)
+    snapshot, dense = Snapshot(model), copy.deepcopy(model)
+    try:
+        with watch("analyse"):
+            graph = trace(dense, batches[0])
+        with watch("cut"):
+            cut_(model, plan.cuts)
+        raw = copy.deepcopy(model)
+        with watch("repair"):
+            notes = repair_(model, dense, graph, plan, batches, progress=progress)
+        with watch("verify"):
+            report = verify((dense, raw, model), plan, batches, notes, seconds=watch.seconds)
+    except BaseException:  # whatever happened, the model must be as it was
+        snapshot.restore_()
+        raise
+    remember(model, plan)
+
+    def undo() -> None:
+        snapshot.restore_()
+        forget(model)
+
+    return report.bind_undo_(undo)
+
+
+def repair_(
+    model: nn.Module,
+    dense: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    batches: Sequence[Any],
+    *,
+    progress: Progress = quiet,
+) -> list[Note]:
+    """Run every rule's repairs, in the order in which the rules name them.
+
+    Args:
+        model: the cut model, written in place.
+        dense: the original.
+        graph: the original's analysis.
+        plan: what was cut.
+        batches: calibration batches.
+        progress: told the stage, the steps done and the steps in all.
+
+    Returns:
+        what every repair did.
+    """
+    asked: dict[Repair, list[Cut]] = {}
+    for index, rule in enumerate(plan.policy.rules):
+        for repair in getattr(rule, "repair", ()):
+            asked.setdefault(repair, []).extend(c for c in plan.cuts if c.rule == index)
+    notes: list[Note] = []
+    for repair, cuts in asked.items():
+        if cuts:
+            patient = Patient(dense, model, graph, plan.cuts, batches, plan.policy.seed, progress)
+            notes += repair.apply_(patient)
+    return notes

@@ -1,0 +1,214 @@
+"""From rules to candidates: whatever kind a rule is, what it offers the allocation looks alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from torch_otprune.criteria.base import Criterion
+from torch_otprune.errors import StructureError, TargetError
+from torch_otprune.plan.model import Refusal, Slice
+from torch_otprune.plan.price import dropped, repaired, weighted
+from torch_otprune.plan.slices import slices
+from torch_otprune.policy import Channels, Policy, Rule, match, module_classes, owner
+from torch_otprune.statistics.evidence import gather
+from torch_otprune.statistics.observation import Observation
+from torch_otprune.structure.graph import Blocked, Graph, Group
+
+__all__ = ["PROPOSERS", "Candidate", "Case", "Offer", "proposes"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything a proposer may look at.
+
+    Args:
+        model: the dense model.
+        policy: the declaration.
+        graph: the model's analysis.
+        observation: what calibration found.
+        weighting: the unit in which curves are compared.
+        banned: groups that failed the check on the real model, with the reason.
+    """
+
+    model: nn.Module
+    policy: Policy
+    graph: Graph
+    observation: Observation
+    weighting: str
+    banned: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One group on offer.
+
+    Args:
+        name: the group.
+        rule: index of the rule that owns it.
+        units: how many it has.
+        curve: predicted cost by number of units kept.
+        widths: allowed numbers, ascending.
+        criterion: what ranked it.
+        choose: the set of a size.
+        spell: a set, module by module.
+    """
+
+    name: str
+    rule: int
+    units: int
+    curve: Float[Tensor, " sizes"]
+    widths: tuple[int, ...]
+    criterion: str
+    choose: Callable[[int], Int[Tensor, " kept"]]
+    spell: Callable[[Tensor], tuple[Slice, ...]]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a kind of rule brings to the allocation."""
+
+    candidates: tuple[Candidate, ...]
+    refused: tuple[Refusal, ...] = ()
+
+
+Proposer = Callable[[Case, Mapping[int, Any]], Offer]
+PROPOSERS: dict[type[Rule], Proposer] = {}
+
+
+def proposes(kind: type[Rule]) -> Callable[[Proposer], Proposer]:
+    """Register how a kind of rule turns into candidates."""
+
+    def add(proposer: Proposer) -> Proposer:
+        PROPOSERS[kind] = proposer
+        return proposer
+
+    return add
+
+
+@proposes(Channels)
+def propose_channels(case: Case, rules: Mapping[int, Channels]) -> Offer:
+    """Offer every channel group that a rule owns whole.
+
+    Args:
+        case: the model and what is known.
+        rules: the policy's channel rules by index.
+
+    Returns:
+        candidates and refusals.
+
+    Raises:
+        StructureError: if a rule reaches no group that can be cut.
+        TargetError: if a target matches nothing.
+    """
+    classes = module_classes(case.model)
+    for index, rule in rules.items():
+        match(rule.targets, rule.ignore, classes, where=f"Policy.rules[{index}]")
+    owned, refused = _owned(case, rules, classes)
+    for index, rule in rules.items():
+        if index not in owned.values():
+            _nothing(case, index, rule, refused)
+    candidates = [
+        _candidate(case, case.graph.group(name), index, rules[index])
+        for name, index in owned.items()
+    ]
+    return Offer(tuple(candidates), tuple(refused))
+
+
+def _owned(
+    case: Case, rules: Mapping[int, Channels], classes: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, int], list[Refusal]]:
+    """Assign groups to rules; a group that no rule owns whole stays."""
+    indices = list(rules)
+    owned: dict[str, int] = {}
+    refused: list[Refusal] = []
+    ignore = case.policy.ignore
+    everything: tuple[Group | Blocked, ...] = (*case.graph.groups, *case.graph.blocked)
+    for group in everything:
+        paths = [m.path for m in group.producers] if isinstance(group, Group) else [group.name]
+        found = {owner(list(rules.values()), p, classes, ignore=ignore) for p in paths}
+        reached = {indices[i] for i in found if i is not None}
+        if len(reached) > 1:
+            raise TargetError(
+                f"group {group.name!r} has producers under different rules.",
+                where=" and ".join(f"Policy.rules[{i}]" for i in sorted(reached)),
+                fix=f"target {', '.join(paths)} by one rule, or ignore them.",
+            )
+        if not reached:
+            continue
+        if why := _objection(case, group, whole=None not in found):
+            refused.append(Refusal(group=group.name, reason=why[0], fix=why[1]))
+        else:
+            owned[group.name] = reached.pop()
+    return owned, refused
+
+
+def _objection(case: Case, group: Group | Blocked, *, whole: bool) -> tuple[str, str] | None:
+    if isinstance(group, Blocked):
+        return group.reason, group.fix
+    if group.name in case.banned:
+        return case.banned[group.name], "report the model: its trace misses an op."
+    if not whole:
+        names = ", ".join(repr(m.path) for m in group.producers)
+        return (
+            f"its channels are tied to others that no rule targets ({names})",
+            "target all of these producers, or none.",
+        )
+    return None
+
+
+def _nothing(case: Case, index: int, rule: Rule, refused: Sequence[Refusal]) -> None:
+    reasons = (
+        "; ".join(f"{r.group}: {r.reason}" for r in refused[:3])
+        or "no linear layer among the targets"
+    )
+    raise StructureError(
+        f"rule {index} reaches nothing that can be cut ({reasons}).",
+        where=f"Policy.rules[{index}].targets = {', '.join(rule.targets)}",
+        fix=refused[0].fix if refused else "target convolutions or linear layers that feed others.",
+    )
+
+
+def _candidate(case: Case, group: Group, index: int, rule: Channels) -> Candidate:
+    seen = case.observation
+    felt = case.weighting == "output"
+    evidence = gather(
+        case.model,
+        case.graph,
+        group,
+        moments=dict(seen.moments),
+        sensitivity=seen.sensitivity,
+        feel=felt,
+        seed=case.policy.seed,
+    )
+    criterion = rule.criterion
+    assert isinstance(criterion, Criterion)
+    ranking = criterion.rank(evidence)
+    refits = any(r.kind in ("least_squares", "reconstruct") for r in rule.repair)
+    priced = (repaired if refits else dropped)(ranking, evidence)
+    blind = priced is ranking or (felt and seen.sensitivity is None)
+    power = seen.sensitivity.mean_power if seen.sensitivity else 0.0
+    curve = weighted(priced.curve, "uniform" if blind else case.weighting, power)
+
+    def choose(size: int) -> Tensor:
+        nested = ranking.order[:size]
+        return (
+            criterion.refine(evidence, nested).sort().values
+            if size < group.units
+            else nested.sort().values
+        )
+
+    return Candidate(
+        group.name,
+        index,
+        group.units,
+        curve,
+        rule.widths(group.units),
+        criterion.kind,
+        choose,
+        lambda keep: slices(group, keep),
+    )

@@ -1,0 +1,20 @@
+"""A cut model and its dense original in, a closer one out; one file each."""
+
+from torch_otprune.repair.base import Note, Patient, Repair, register
+from torch_otprune.repair.bias import Bias
+from torch_otprune.repair.least_squares import LeastSquares
+from torch_otprune.repair.none import NoRepair
+from torch_otprune.repair.norm import Norm
+from torch_otprune.repair.reconstruct import Reconstruct
+
+__all__ = [
+    "Bias",
+    "LeastSquares",
+    "NoRepair",
+    "Norm",
+    "Note",
+    "Patient",
+    "Reconstruct",
+    "Repair",
+    "register",
+]

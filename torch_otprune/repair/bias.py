@@ -1,0 +1,89 @@
+"""Put the mean of what was removed into the consumer's bias."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torch_otprune.repair.base import Note, Patient, Repair, register
+from torch_otprune.repair.lockstep import Lockstep, Pause, Site
+from torch_otprune.statistics.patches import output_rows, pick, positions
+from torch_otprune.statistics.reduce import all_sum_
+from torch_otprune.surgery.cut import put_
+
+__all__ = ["Bias"]
+
+
+@register
+class Bias(Repair):
+    """Shift every consumer so that each of its outputs has the dense network's mean.
+
+    Front to back, as in `least_squares`, but only the intercept is fitted. It goes into the bias,
+    or into the running mean of the batch-norm behind.
+
+    Limits: layers with neither are left alone and noted; nothing is gained where `norm` follows.
+
+    Source: An et al. 2024 (FLAP), section 3.3; sequential inputs are ours.
+    """
+
+    kind: Literal["bias"] = "bias"
+
+    def apply_(self, patient: Patient) -> tuple[Note, ...]:
+        """Walk both models side by side and shift site by site."""
+        hit = {s.path for c in patient.cuts for s in c.slices if s.side == "in"}
+        notes: list[Note] = []
+        sites = []
+        for path in (p for p in patient.graph.order if p in hit):
+            if why := patient.unfit(path) or (
+                "" if patient.absorbs(path) else "has neither bias nor batch-norm"
+            ):
+                notes.append(Note(self.kind, path, 1.0, 1.0, accepted=False, text=why))
+            else:
+                sites.append(Site(path, patient.graph.tails[path]))
+        worker = _Shift(patient, notes)
+        if sites:
+            with Lockstep(patient.dense, patient.small, patient.batches, sites) as walk:
+                walk.play(worker.mend)
+        return tuple(notes)
+
+
+class _Shift:
+    """The work at one site after the other."""
+
+    def __init__(self, patient: Patient, notes: list[Note]) -> None:
+        self.patient, self.notes = patient, notes
+
+    def mend(self, site: Site, pauses: list[tuple[Pause, Pause]]) -> None:
+        module = self.patient.small.get_submodule(site.path)
+        x = pauses[0][1].inputs
+        at = pick(positions(module, x), 64, site.path, self.patient.seed)
+        sums = torch.zeros(4, self.patient.width(site.path), dtype=torch.float64, device=x.device)
+        for dense, small in pauses:
+            target = self.patient.target(site, dense, small, at, drift=True)
+            off = target - output_rows(module, module.forward(small.inputs), at).double()
+            sums += torch.stack(
+                [
+                    off.sum(0),
+                    off.square().sum(0),
+                    target.square().sum(0),
+                    torch.full_like(off[0], len(off)),
+                ]
+            )
+        all_sum_([sums])
+        off, square, power, count = sums
+        shift = off / count
+        scale = float(power.sum().clamp_min(1e-300))
+        before = float(square.sum()) / scale
+        after = float((square - count * shift.square()).sum()) / scale
+        self._write(site.path, shift)
+        self.notes.append(Note("bias", site.path, before, after, accepted=True))
+
+    def _write(self, path: str, shift: Tensor) -> None:
+        module = self.patient.small.get_submodule(path)
+        norm = self.patient.norm_behind(path)
+        if getattr(module, "bias", None) is not None:
+            put_(module, "bias", module.bias.double() + shift)  # type: ignore[union-attr,operator]
+        elif norm is not None:
+            put_(norm, "running_mean", norm.running_mean.double() - shift)  # type: ignore[union-attr,operator]

@@ -1,0 +1,212 @@
+"""Train the cut blocks, one after the other, towards what the dense blocks put out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from torch_otprune.repair.base import Note, Patient, Repair, register
+from torch_otprune.repair.blocks import blocks
+from torch_otprune.repair.least_squares import LeastSquares
+from torch_otprune.repair.lockstep import distance
+from torch_otprune.statistics.reduce import first_rank_
+from torch_otprune.structure.forward import batch_size, evaluating, flat_tensors, map_tensors, run
+
+__all__ = ["Reconstruct"]
+
+_HELD = 8  # one batch in this many is held out
+_SLICE = 64  # samples per step
+
+
+@register
+class Reconstruct(Repair):
+    """Refit by least squares, then take gradient steps on unlabelled data towards the dense blocks.
+
+    Every step runs both models on a few calibration samples and lowers the squared distance of
+    all cut blocks' outputs, and of the network's outputs, from the dense ones; each distance is
+    relative to the dense signal's power, so that all blocks count alike. Inputs of a block come
+    from the cut prefix, so that later blocks correct earlier ones. Batch-norms keep their
+    statistics. On small data sets, mixing pairs of samples makes more of them.
+
+    Limits: can fit the calibration samples too well; a held-out part decides whether the result
+    is kept. Nothing here sees a label.
+
+    Source: block-wise reconstruction as in Li et al. 2021 (BRECQ), section 3.2; all blocks at
+    once and mixing are ours.
+    """
+
+    kind: Literal["reconstruct"] = "reconstruct"
+    steps: int = Field(default=400, ge=1, description="gradient steps")
+    rate: float = Field(default=2e-3, gt=0, description="Adam's peak step size")
+    seconds: float = Field(default=600.0, gt=0, description="no step starts after this long")
+    mix: bool = Field(default=True, description="mix pairs of floating-point inputs")
+    outputs: float = Field(default=1.0, ge=0, description="weight of the network's outputs")
+    least_squares: LeastSquares | None = Field(
+        default=LeastSquares(), description="the refit to start from; null starts from the cut"
+    )
+
+    def apply_(self, patient: Patient) -> tuple[Note, ...]:
+        """Refit, then descend; keep the result if held-out samples agree."""
+        first = self.least_squares.apply_(patient) if self.least_squares else ()
+        train, held = _split(patient.batches)
+        weights = list(patient.small.parameters())
+        start = [w.detach().clone() for w in weights]
+        before = distance(patient.dense, patient.small, held)
+        steps = _descend(self, patient, train)
+        first_rank_(weights)
+        after = distance(patient.dense, patient.small, held)
+        text = "" if steps == self.steps else f"stopped after {steps} steps, {self.seconds:g} s"
+        if after <= before:
+            return (*first, Note(self.kind, "model", before, after, accepted=True, text=text))
+        with torch.no_grad():
+            for weight, old in zip(weights, start, strict=True):
+                weight.copy_(old)
+        text = f"held-out samples would be {after:.3f} off"
+        return (*first, Note(self.kind, "model", before, before, accepted=False, text=text))
+
+
+def _split(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Hold every eighth batch out; a single batch is halved by samples."""
+    if len(batches) == 1:
+        batches = _halves(batches[0])
+    held = [b for i, b in enumerate(batches) if i % _HELD == _HELD - 1] or [batches[-1]]
+    chosen = {id(b) for b in held}
+    return [b for b in batches if id(b) not in chosen], held
+
+
+def _halves(batch: Any) -> list[Any]:
+    size = batch_size(batch)
+    cut = max(1, size - size // _HELD)
+    parts = [slice(0, cut), slice(cut, size)] if cut < size else [slice(0, size)] * 2
+    return [_rows(batch, torch.arange(size)[part]) for part in parts]
+
+
+def _rows(batch: Any, at: Tensor) -> Any:
+    size = batch_size(batch)
+    return map_tensors(batch, lambda t: t[at.to(t.device)] if t.dim() and len(t) == size else t)
+
+
+@dataclass
+class _Taps:
+    """Hooks that keep the outputs of the blocks during one forward pass."""
+
+    model: nn.Module
+    paths: Sequence[str]
+
+    def __enter__(self) -> _Taps:
+        self.seen: dict[str, list[Tensor]] = {}
+        self.handles = [
+            self.model.get_submodule(path).register_forward_hook(_Keep(self, path))
+            for path in self.paths
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def run(self, batch: Any) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+        """Run the model and hand the blocks' and the network's outputs out."""
+        self.seen = {}
+        out = flat_tensors(run(self.model, batch))
+        return self.seen, [t for t in out if t.is_floating_point()]
+
+
+class _Keep:
+    """The hook of one block."""
+
+    def __init__(self, taps: _Taps, path: str) -> None:
+        self.taps, self.path = taps, path
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
+        tensor = next((t for t in flat_tensors(out) if t.is_floating_point()), None)
+        if tensor is not None:
+            self.taps.seen.setdefault(self.path, []).append(tensor)
+
+
+def _descend(setting: Reconstruct, patient: Patient, batches: Sequence[Any]) -> int:
+    """Take the steps; return how many there was time for."""
+    dense, small = patient.dense, patient.small
+    paths = blocks(dense, patient.cuts)
+    generator = torch.Generator().manual_seed(patient.seed)
+    live = [p for p in small.parameters() if p.is_floating_point()]
+    flags = [(p, p.requires_grad) for p in live]
+    optimiser = torch.optim.Adam(live, lr=setting.rate)
+    deadline = time.monotonic() + setting.seconds
+    done = 0
+    try:
+        for p in live:
+            p.requires_grad_(True)
+        with (
+            evaluating(dense),
+            evaluating(small),
+            torch.enable_grad(),
+            _Taps(dense, paths) as teacher,
+            _Taps(small, paths) as pupil,
+        ):
+            while done < setting.steps and time.monotonic() < deadline:
+                for group in optimiser.param_groups:
+                    group["lr"] = setting.rate * 0.5 * (1 + cos(pi * done / setting.steps))
+                batch = _draw(batches, generator, mix=setting.mix)
+                with torch.no_grad():
+                    goal = teacher.run(batch)
+                loss = _loss(goal, pupil.run(batch), setting.outputs)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                done += 1
+                patient.progress("reconstruct", done, setting.steps)
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+            p.grad = None
+    return done
+
+
+def _draw(batches: Sequence[Any], generator: torch.Generator, *, mix: bool) -> Any:
+    """Draw samples of one batch, and mix each with another where inputs are real numbers."""
+    batch = batches[int(torch.randint(len(batches), (1,), generator=generator))]
+    size = batch_size(batch)
+    at = torch.randperm(size, generator=generator)[:_SLICE]
+    chosen = _rows(batch, at)
+    if not mix or not all(t.is_floating_point() for t in flat_tensors(chosen)) or len(at) < 2:
+        return chosen
+    other = _rows(batch, at.roll(1))
+    share = torch.rand(len(at), generator=generator)
+    pairs = iter(flat_tensors(other))
+    return map_tensors(chosen, lambda t: _mixed(t, next(pairs), share))
+
+
+def _mixed(one: Tensor, two: Tensor, share: Tensor) -> Tensor:
+    if not one.dim() or len(one) != len(share):
+        return one
+    weight = share.to(one).view(-1, *[1] * (one.dim() - 1)).clamp_min(0.5)
+    return weight * one + (1 - weight) * two
+
+
+def _loss(
+    goal: tuple[dict[str, list[Tensor]], list[Tensor]],
+    got: tuple[dict[str, list[Tensor]], list[Tensor]],
+    outputs: float,
+) -> Tensor:
+    """Sum the relative squared distances of all blocks and of the outputs."""
+    parts = [
+        _relative(a, b)
+        for path, seen in goal[0].items()
+        for a, b in zip(seen, got[0][path], strict=True)
+        if a.shape == b.shape
+    ]
+    ends = [_relative(a, b) for a, b in zip(goal[1], got[1], strict=True)]
+    total: Tensor = torch.stack(ends).mean() * outputs
+    return total + torch.stack(parts).mean() if parts else total
+
+
+def _relative(goal: Tensor, got: Tensor) -> Tensor:
+    return (got - goal).square().mean() / goal.square().mean().clamp_min(1e-12)

@@ -1,0 +1,24 @@
+"""Calibration batches in, statistics of a fixed size out."""
+
+from torch_otprune.statistics.data import check_finite, collect
+from torch_otprune.statistics.evidence import Consumer, Evidence, gather
+from torch_otprune.statistics.moments import Moments
+from torch_otprune.statistics.observation import Observation, conclude
+from torch_otprune.statistics.recorder import Recorder, consumers, quote
+from torch_otprune.statistics.sensitivity import Sensitivity, sense
+
+__all__ = [
+    "Consumer",
+    "Evidence",
+    "Moments",
+    "Observation",
+    "Recorder",
+    "Sensitivity",
+    "check_finite",
+    "collect",
+    "conclude",
+    "consumers",
+    "gather",
+    "quote",
+    "sense",
+]

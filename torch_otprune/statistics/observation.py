@@ -1,0 +1,106 @@
+"""All that calibration found out, ready for criteria: summed over ranks, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_otprune.statistics.moments import Moments
+from torch_otprune.statistics.patches import full_weight
+from torch_otprune.statistics.recorder import Recorder
+from torch_otprune.statistics.reduce import all_sum_
+from torch_otprune.statistics.sensitivity import Sensitivity, sense
+
+__all__ = ["Observation", "conclude"]
+
+_DRAWS = 4
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is known about every consumer.
+
+    Args:
+        moments: second moments of their inputs.
+        sensitivity: what the output feels; None where nobody asked.
+        samples: calibration samples seen, over all ranks.
+    """
+
+    moments: Mapping[str, Moments]
+    sensitivity: Sensitivity | None
+    samples: int
+
+    def hash(self) -> str:
+        """Fingerprint the data by four digits of every consumer's mean square.
+
+        Returns:
+            16 hexadecimal digits; `none` where nothing was observed.
+        """
+        if not self.moments:
+            return "none"
+        lines = [f"{self.samples}"]
+        for path in sorted(self.moments):
+            found = self.moments[path]
+            lines.append(f"{path} {found.count} {float(found.second(centred=False).trace()):.3e}")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def conclude(
+    model: nn.Module,
+    recorder: Recorder,
+    probes: Sequence[Any],
+    paths: Sequence[str],
+    *,
+    samples: int,
+    feel: bool,
+    seed: int,
+) -> Observation:
+    """Close the books: probe the sensitivity and add everything up over ranks.
+
+    Args:
+        model: the model.
+        recorder: what the hooks gathered; left as it was.
+        probes: a few batches for the sensitivity.
+        paths: the consumers.
+        samples: samples this rank saw.
+        feel: whether the sensitivity is wanted.
+        seed: the policy's seed.
+
+    Returns:
+        the observation, equal on every rank.
+    """
+    moments = {
+        path: Moments(m.total.clone(), m.product.clone(), m.count)
+        for path, m in recorder.moments.items()
+    }
+    counts = torch.tensor([samples, *(m.count for m in moments.values())], dtype=torch.float64)
+    all_sum_([counts, *(t for m in moments.values() for t in (m.total, m.product))])
+    for entry, count in zip(moments.values(), counts[1:].tolist(), strict=True):
+        entry.count = int(count)
+    found = None
+    if feel:
+        centres = {path: _centre(model, path, moments) for path in paths}
+        found = sense(model, centres, probes, draws=_DRAWS, seed=seed)
+        _sum_sensitivity(found)
+    return Observation(moments, found, int(counts[0]))
+
+
+def _centre(model: nn.Module, path: str, moments: Mapping[str, Moments]) -> Tensor | None:
+    """Compute a layer's mean output from its mean input."""
+    if path not in moments:
+        return None
+    module = model.get_submodule(path)
+    mean = full_weight(module) @ moments[path].mean
+    bias = getattr(module, "bias", None)
+    return mean if bias is None else mean + bias.detach().double()
+
+
+def _sum_sensitivity(found: Sensitivity) -> None:
+    power = torch.stack([found.power, found.power.new_tensor(found.samples)])
+    all_sum_([power, *found.sums()])
+    found.power, found.samples = power[0], int(power[1])

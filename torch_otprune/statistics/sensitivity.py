@@ -1,0 +1,187 @@
+"""How much the network's output feels an error at a layer, by random probes of its Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from torch_otprune.structure.forward import batch_size, evaluating, flat_tensors, map_tensors, run
+
+__all__ = ["Sensitivity", "sense"]
+
+_CHUNK = 16  # samples whose activations are alive at once
+
+
+class Sensitivity:
+    """What gradients say about each consumer, summed over samples in float64.
+
+    Args:
+        paths: the consumers.
+        draws: random sign vectors that every sum runs over.
+    """
+
+    def __init__(self, paths: Iterable[str], draws: int = 1) -> None:
+        self.paths = tuple(paths)
+        self.felt: dict[str, Tensor] = {}
+        self.spread: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
+        self.power = torch.zeros((), dtype=torch.float64)
+        self.samples = 0
+        self.draws = draws
+
+    @property
+    def mean_power(self) -> float:
+        """Average the output's squared norm over samples."""
+        return float(self.power) / max(self.samples, 1)
+
+    def feel(self, path: str) -> Float[Tensor, " out"] | None:
+        """Tell how much the squared output grows with a squared error in each output channel.
+
+        Args:
+            path: a consumer.
+
+        Returns:
+            change of the output's squared norm per sample, for a mean squared error of one; None
+            where the consumer did not run.
+        """
+        if path not in self.felt:
+            return None
+        return self.felt[path] / self.spread[path].clamp_min(1e-30)
+
+    def sums(self) -> list[Tensor]:
+        """List everything that adds up over ranks."""
+        return [*self.felt.values(), *self.spread.values(), *self.inputs.values()]
+
+
+def sense(
+    model: nn.Module,
+    centres: Mapping[str, Tensor | None],
+    batches: Sequence[Any],
+    *,
+    draws: int,
+    seed: int,
+) -> Sensitivity:
+    """Probe how the network's output moves when a consumer's output is perturbed.
+
+    The perturbation of an output channel is its own deviation from its mean, all positions
+    together: an error that a cut leaves behind looks like the signal it was made of, and whether
+    errors at neighbouring positions add up or cancel decides what pooling makes of them. With
+    random signs `v`, `<grad <v, f>, deviation>^2` is the squared change of f in expectation
+    (Hutchinson's estimator; output channels are taken as independent).
+
+    Args:
+        model: the model; left as it was.
+        centres: mean output of every consumer; None where it is not known, then zero.
+        batches: a few batches.
+        draws: random sign vectors.
+        seed: chooses them.
+
+    Returns:
+        the sums.
+
+    Source: Hutchinson 1990 for the estimator; ours for its use as a layer weight.
+    """
+    found = Sensitivity(centres, draws)
+    with evaluating(model), _gradients(model):
+        for batch in batches:
+            for piece in _chunks(batch):
+                _probe(model, found, piece, centres, draws=draws, seed=seed)
+    return found
+
+
+def _chunks(batch: Any) -> Iterator[Any]:
+    size = batch_size(batch)
+    for start in range(0, size, _CHUNK):
+        stop = start + _CHUNK
+        yield map_tensors(
+            batch, lambda t, a=start, b=stop: t[a:b] if t.dim() and len(t) == size else t
+        )
+
+
+@contextmanager
+def _gradients(model: nn.Module) -> Iterator[None]:
+    """Let gradients reach every layer; parameters keep their own `grad` and flag."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(parameter.is_floating_point())
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _probe(
+    model: nn.Module,
+    found: Sensitivity,
+    piece: Any,
+    centres: Mapping[str, Tensor | None],
+    *,
+    draws: int,
+    seed: int,
+) -> None:
+    taps = {path: _Tap() for path in found.paths}
+    handles = [model.get_submodule(p).register_forward_hook(tap) for p, tap in taps.items()]
+    try:
+        outputs = [t for t in flat_tensors(run(model, piece)) if t.requires_grad]
+    finally:
+        for handle in handles:
+            handle.remove()
+    found.samples += batch_size(piece)
+    found.power += sum(t.detach().double().square().sum().cpu() for t in outputs)
+    calls = [(path, tap.axis, x, z) for path, tap in taps.items() for x, z in tap.calls]
+    points = [point for _, _, x, z in calls for point in (x, z)]
+    generator = torch.Generator().manual_seed(seed)
+    for draw in range(draws):
+        signs = [_signs(t, generator) for t in outputs]
+        gradients = torch.autograd.grad(
+            outputs, points, signs, retain_graph=draw + 1 < draws, allow_unused=True
+        )
+        for (path, axis, x, z), dx, dz in zip(calls, gradients[::2], gradients[1::2], strict=True):
+            if dx is not None and dz is not None:
+                rows = [_rows(t, axis) for t in (x, z, dx, dz)]
+                _collect(found, path, rows, centres[path])
+
+
+def _signs(output: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one sign per output element, the same for every sample: batches must not matter."""
+    shape = output.shape[1:] if output.dim() else output.shape
+    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return signs.to(output).expand_as(output)
+
+
+def _collect(found: Sensitivity, path: str, rows: Sequence[Tensor], centre: Tensor | None) -> None:
+    """Add one call's sums: what input and output channels do to the network's output."""
+    x, z, dx, dz = rows
+    deviation = z if centre is None else z - centre.to(z)
+    _add(found.felt, path, (deviation * dz).sum(1).square().sum(0))
+    _add(found.spread, path, deviation.square().mean(1).sum(0))
+    _add(found.inputs, path, (x * dx).sum(1).square().sum(0))
+
+
+def _rows(tensor: Tensor, axis: int) -> Float[Tensor, "samples positions channels"]:
+    tensor = tensor.detach().double().movedim(axis, -1)
+    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
+
+
+def _add(table: dict[str, Tensor], path: str, value: Tensor) -> None:
+    table[path] = table[path] + value if path in table else value
+
+
+class _Tap:
+    """Keep a layer's input and output of one forward pass, as points to differentiate at."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor]] = []
+        self.axis = 1
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
+        self.axis = -1 if isinstance(module, nn.Linear) else 1
+        self.calls.append((inputs[0], out))
+        return out.view_as(out)  # an in-place op downstream must not rewrite the point

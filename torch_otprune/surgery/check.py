@@ -1,0 +1,51 @@
+"""Questions to ask before the first write."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from torch_otprune.errors import PlanError
+from torch_otprune.plan.model import Plan
+from torch_otprune.structure.fingerprint import fingerprint
+from torch_otprune.structure.trace import check
+from torch_otprune.surgery.cut import check_cuts
+
+__all__ = ["check_plan", "tolerance"]
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Make sure that a plan belongs to a model.
+
+    Args:
+        model: the dense model.
+        plan: what is about to be carried out.
+
+    Raises:
+        PlanError: if the model's tensors are not those the plan was made for.
+        StructureError: if the model cannot be cut at all.
+    """
+    check(model)
+    check_cuts(model, plan.cuts)
+    found = fingerprint(model)
+    if found != plan.fingerprint:
+        raise PlanError(
+            "the plan was made for a model with other tensors.",
+            where=f"{type(model).__name__}, fingerprint {found[:12]}; plan {plan.fingerprint[:12]}",
+            fix="apply it to the dense model it was made for.",
+        )
+
+
+def tolerance(model: nn.Module) -> float:
+    """Tell how far rounding alone may take a cut model from the masked one.
+
+    Args:
+        model: the dense model.
+
+    Returns:
+        a share of the largest output, by the coarsest floating type among the parameters.
+    """
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max((_TOLERANCE.get(kind, 1e-3) for kind in kinds), default=1e-3)

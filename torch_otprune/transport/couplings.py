@@ -1,0 +1,318 @@
+"""Two measures in, one Coupling out: balanced, unbalanced or semi-relaxed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from torch_otprune.transport.checks import cloud, finite, masses, order_of, refuse, same_space
+from torch_otprune.transport.couple import Coupling
+from torch_otprune.transport.dispatch import Choice, Problem, choose
+from torch_otprune.transport.exact import Links, solve_exact, solve_line
+from torch_otprune.transport.geometry import Cloud, Geometry, Stored, softmin
+from torch_otprune.transport.keops import available, softmin_keops
+from torch_otprune.transport.reduce import principal
+from torch_otprune.transport.sinkhorn import Potentials, damping, log_domain, scaling
+
+__all__ = ["coupling", "coupling_points", "couplings"]
+
+EPS = 0.02  # of the mean cost, where a temperature is needed and none was given
+HARD = (math.inf, math.inf)
+
+
+def coupling(
+    cost: Float[Tensor, "n m"],
+    a: Float[Tensor, " n"] | None = None,
+    b: Float[Tensor, " m"] | None = None,
+    *,
+    eps: float | None = None,
+    relax: tuple[float, float] = HARD,
+    solver: str = "auto",
+    tol: float = 1e-3,
+    limit: int = 5000,
+    explain: bool = False,
+) -> Coupling:
+    """Move one measure onto another at the least cost.
+
+    Args:
+        cost: ground cost, finite.
+        a: source weights; None is uniform with total 1.
+        b: target weights; None likewise.
+        eps: temperature, relative to the mean cost; None takes an exact plan where the table
+            finds it cheap and 0.02 elsewhere, 0 insists on an exact one.
+        relax: price of a wrong source and target marginal, relative to the mean cost: infinity is
+            a hard marginal, 0 a free one; (inf, 0) is the semi-relaxed problem.
+        solver: a line of the dispatch table, or `auto`.
+        tol: marginal error at which an entropic solver stops, as a share of the mass.
+        limit: iterations an entropic solver may spend.
+        explain: put all lines that were passed over into `why`.
+
+    Returns:
+        the coupling, on the device of the cost.
+
+    Raises:
+        TransportError: if totals differ under hard marginals, or 1 % of the mass stays misplaced.
+
+    Source: Cuturi 2013; Chizat et al. 2018 for Kullback-Leibler marginals.
+
+    Example:
+        >>> coupling(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).plan()
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+    """
+    cost = finite(cost, "cost").detach()
+    refuse(
+        cost.ndim != 2 or 0 in cost.shape,
+        f"a cost of shape {tuple(cost.shape)} couples nothing.",
+        where="coupling, argument cost",
+        fix="pass a matrix, sources x targets; for a batch use couplings.",
+    )
+    return _solve(Stored(cost), a, b, _Ask(eps, relax, solver, tol, limit, explain))
+
+
+def coupling_points(
+    x: Float[Tensor, "n d"],
+    y: Float[Tensor, "m d"],
+    a: Float[Tensor, " n"] | None = None,
+    b: Float[Tensor, " m"] | None = None,
+    *,
+    p: float = 2.0,
+    eps: float | None = None,
+    relax: tuple[float, float] = HARD,
+    solver: str = "auto",
+    tol: float = 1e-3,
+    limit: int = 5000,
+    explain: bool = False,
+    dims: int | None = None,
+) -> Coupling:
+    """Move one cloud onto another under the cost |x - y|^p, however large they are.
+
+    Args:
+        x: source points.
+        y: target points, in the same space.
+        a: source weights; None is uniform.
+        b: target weights; None is uniform.
+        p: order of the distance; `coupling.cost ** (1 / p)` is W_p.
+        eps: as in `coupling`.
+        relax: as in `coupling`.
+        solver: as in `coupling`; `line` needs one dimension.
+        tol: as in `coupling`.
+        limit: as in `coupling`.
+        explain: as in `coupling`.
+        dims: principal directions to keep first; None keeps 64 where costs do not fit in memory.
+
+    Returns:
+        the coupling; `left_out` says how much of the variance a reduction dropped.
+    """
+    x, y, p = cloud(x, "x").detach(), cloud(y, "y").detach(), order_of(p)
+    same_space(x, y)
+    y = y.to(x)
+    ask = _Ask(eps, relax, solver, tol, limit, explain)
+    x, y, left_out = principal(x, y, dims)
+    return replace(_solve(Cloud(x, y, p), a, b, ask), left_out=left_out)
+
+
+def couplings(
+    costs: Float[Tensor, "batch n m"],
+    a: Float[Tensor, "batch n"] | None = None,
+    b: Float[Tensor, "batch m"] | None = None,
+    *,
+    eps: float | None = None,
+    relax: tuple[float, float] = HARD,
+    tol: float = 1e-3,
+    limit: int = 5000,
+) -> list[Coupling]:
+    """Solve many problems of one shape together, one batch of matrix products per iteration.
+
+    Args:
+        costs: ground costs, finite.
+        a: source weights, one row per problem or one for all; None is uniform.
+        b: target weights, likewise.
+        eps: as in `coupling`; None solves them one by one where exact plans are cheap.
+        relax: as in `coupling`.
+        tol: as in `coupling`.
+        limit: as in `coupling`.
+
+    Returns:
+        one coupling per problem, each the same as `coupling` would find alone, to `tol`.
+    """
+    costs = finite(costs, "costs").detach()
+    a = masses(a, costs, costs.shape[1], "a").expand(len(costs), -1)
+    b = masses(b, costs, costs.shape[2], "b").expand(len(costs), -1)
+    ask = _Ask(eps, relax, "auto", tol, limit, False)
+    problems = [Stored(cost) for cost in costs]
+    if not eps:
+        return [_solve(*problem, ask) for problem in zip(problems, a, b, strict=True)]
+    for problem in zip(problems, a, b, strict=True):
+        _same_total(*problem[1:], relax)
+    heat = eps * costs.mean((1, 2))
+    heat = heat.where(heat > 0, heat.new_ones(()))
+    damp = (damping(relax[0], eps), damping(relax[1], eps))
+    found = scaling(costs, a, b, heat, damp=damp, tol=tol, limit=limit)
+    if found is None or float(found.error.max()) > tol:
+        return [_solve(*problem, ask) for problem in zip(problems, a, b, strict=True)]
+    why = f"{len(costs)} problems of one shape share every matrix product"
+    return [
+        _coupling(problem, x, y, eps=float(h), solver="scaling", why=why, found=_item(found, i))
+        for i, (problem, x, y, h) in enumerate(zip(problems, a, b, heat, strict=True))
+    ]
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What the caller fixed."""
+
+    eps: float | None
+    relax: tuple[float, float]
+    solver: str
+    tol: float
+    limit: int
+    explain: bool
+
+
+def _solve(geometry: Geometry, a: Tensor | None, b: Tensor | None, ask: _Ask) -> Coupling:
+    (n, m), like = geometry.shape, geometry.like
+    refuse(
+        (ask.eps is not None and ask.eps < 0) or min(ask.relax) < 0,
+        f"eps is {ask.eps} and relax is {ask.relax}.",
+        where="coupling, arguments eps and relax",
+        fix="pass numbers of at least 0.",
+    )
+    a, b = masses(a, like.new_empty(0, 0), n, "a"), masses(b, like.new_empty(0, 0), m, "b")
+    b = _same_total(a, b, ask.relax)
+    choice = _choice(geometry, a, b, ask)
+    if _paired(geometry, a, b, ask):
+        choice = Choice("paired", "no target is nearer to any source than its own partner", ())
+    why = str(choice).partition(": ")[2] if ask.explain else choice.why
+    links = _links(geometry, a, b, choice.solver)
+    if links is not None:
+        return Coupling(geometry, a, b, 0.0, choice.solver, why, links=links)
+    scale = geometry.mean() or 1.0
+    eps = scale * (ask.eps or EPS)
+    found = _entropic(geometry, a, b, ask, eps=eps, solver=choice.solver)
+    return _coupling(geometry, a, b, eps=eps, solver=choice.solver, why=why, found=found)
+
+
+def _coupling(
+    geometry: Geometry,
+    a: Tensor,
+    b: Tensor,
+    *,
+    eps: float,
+    solver: str,
+    why: str,
+    found: Potentials,
+) -> Coupling:
+    dual, error = (found.f, found.g), float(found.error)
+    return Coupling(geometry, a, b, eps, solver, why, error, found.iterations, dual=dual).checked()
+
+
+def _item(found: Potentials, i: int) -> Potentials:
+    return Potentials(found.f[i], found.g[i], found.error[i], found.iterations)
+
+
+def _same_total(a: Tensor, b: Tensor, relax: tuple[float, float]) -> Tensor:
+    """Refuse unequal totals where both marginals are hard; take off what rounding left."""
+    if relax != HARD:
+        return b
+    left, right = float(a.sum(dtype=torch.float64)), float(b.sum(dtype=torch.float64))
+    refuse(
+        abs(left - right) > 1e-3 * left,
+        f"a mass of {left:g} cannot become a mass of {right:g}.",
+        where="coupling, arguments a and b",
+        fix="scale both weights to total 1, or relax a marginal.",
+    )
+    return b * (left / right)
+
+
+def _choice(geometry: Geometry, a: Tensor, b: Tensor, ask: _Ask) -> Choice:
+    (n, m), like = geometry.shape, geometry.like
+    d = geometry.x.shape[1] if isinstance(geometry, Cloud) else 0
+    if ask.relax == (math.inf, 0.0) and not ask.eps:
+        return Choice("nearest", "a free second marginal lets every source take its nearest", ())
+    if ask.eps == 0 and ask.solver == "auto" and d != 1:
+        refuse(
+            ask.relax != HARD,
+            "eps=0 with a relaxed marginal has no exact solver here.",
+            where="coupling, arguments eps and relax",
+            fix="pass eps=0.01.",
+        )
+        return Choice("exact", "eps=0 insists on an exact plan", ())
+    equal = all(float(w.max() - w.min()) <= 1e-6 * float(w.max()) for w in (a, b))
+    problem = Problem(
+        n, m, d, like.device.type, "plan", equal, ask.relax == HARD, bool(ask.eps), available
+    )
+    return choose(problem, ask.solver)
+
+
+def _paired(geometry: Geometry, a: Tensor, b: Tensor, ask: _Ask) -> bool:
+    """Recognise paired samples: if every partner is a nearest target, the identity is optimal."""
+    n, m = geometry.shape
+    if n != m or ask.eps or ask.relax != HARD or ask.solver != "auto" or not torch.equal(a, b):
+        return False
+    # A few rows decide almost every case.
+    for rows in (slice(0, 16), *geometry.slices()):
+        cost = geometry.block(rows)
+        own = cost.diagonal(offset=rows.start)
+        if bool((cost.amin(1) < own).any()):
+            return False
+    return True
+
+
+def _links(geometry: Geometry, a: Tensor, b: Tensor, solver: str) -> Links | None:
+    """Solve exactly, where that is the choice."""
+    if solver == "line" and isinstance(geometry, Cloud):
+        return solve_line(geometry.x[:, 0], geometry.y[:, 0], a, b)
+    if solver == "exact":
+        return solve_exact(geometry.block(slice(None)), a, b)
+    if solver == "paired":
+        both = torch.arange(len(a), device=a.device)
+        return Links(both, both, a)
+    if solver == "nearest":
+        best = torch.cat([cost.argmin(1) for _, cost in geometry.blocks()])
+        rows = torch.arange(len(a), device=a.device)
+        return Links(rows, best, a, geometry.pairs(rows, best), torch.zeros_like(b))
+    return None
+
+
+def _entropic(
+    geometry: Geometry, a: Tensor, b: Tensor, ask: _Ask, *, eps: float, solver: str
+) -> Potentials:
+    """Iterate at one temperature; what scaling cannot finish, the float64 log domain does."""
+    relative = ask.eps or EPS
+    damp = (damping(ask.relax[0], relative), damping(ask.relax[1], relative))
+    if solver == "scaling":
+        stored = geometry.block(slice(None))
+        heat = stored.new_tensor([eps])
+        found = scaling(
+            stored[None], a[None], b[None], heat, damp=damp, tol=ask.tol, limit=ask.limit
+        )
+        if found is not None and float(found.error) <= ask.tol:
+            return _item(found, 0)
+        geometry = Stored(stored.double())
+    rows, columns = _softmins(geometry, solver)
+    start = 4 * (geometry.mean() or 1.0)
+    dtype = geometry.like.dtype
+    return log_domain(
+        rows, columns, a.to(dtype), b.to(dtype), eps,
+        start=start, damp=damp, tol=ask.tol, limit=ask.limit,
+    )  # fmt: skip
+
+
+Softmin = Callable[[Tensor, float], Tensor]
+
+
+def _softmins(geometry: Geometry, solver: str) -> tuple[Softmin, Softmin]:
+    if solver == "keops" and isinstance(geometry, Cloud):
+        x, y, p = geometry.x, geometry.y, geometry.p
+        return (
+            lambda h, eps: softmin_keops(x, y, h, eps, p),
+            lambda h, eps: softmin_keops(y, x, h, eps, p),
+        )
+    back = geometry.transposed()
+    return (lambda h, eps: softmin(geometry, h, eps), lambda h, eps: softmin(back, h, eps))

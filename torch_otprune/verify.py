@@ -1,0 +1,147 @@
+"""Before and after, measured on the calibration data, as one report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_otprune.errors import VerificationError
+from torch_otprune.plan import Cost, Plan
+from torch_otprune.repair import Note
+from torch_otprune.report import (
+    OutputError,
+    RepairNote,
+    Report,
+    agreement,
+    count_macs,
+    count_params,
+    environment,
+    latency,
+    layer_errors,
+    output_error,
+    per_layer_error,
+)
+from torch_otprune.structure import batch_size, evaluating, map_tensors, run
+from torch_otprune.structure.layers import is_linear
+
+__all__ = ["Progress", "Stopwatch", "quiet", "verify"]
+
+Progress = Callable[[str, int, int], None]
+_ENOUGH = 256  # samples for errors and agreement; latency takes one batch
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """Report progress to nobody."""
+
+
+class Stopwatch:
+    """Seconds by stage, told to a listener.
+
+    Args:
+        progress: the listener.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time one stage."""
+        self.progress(stage, 0, 1)
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        self.progress(stage, 1, 1)
+
+
+def verify(
+    models: tuple[nn.Module, nn.Module, nn.Module],
+    plan: Plan,
+    batches: Sequence[Any],
+    notes: Sequence[Note],
+    *,
+    seconds: Mapping[str, float],
+) -> Report:
+    """Measure what a pruning did.
+
+    Args:
+        models: the original, the cut model before repair, and after it.
+        plan: what was carried out.
+        batches: calibration batches.
+        notes: what the repairs did.
+        seconds: time by stage so far.
+
+    Returns:
+        the report.
+
+    Raises:
+        VerificationError: if parameters or MACs are not what the plan predicted.
+    """
+    dense, raw, small = models
+    some = _some(batches)
+    costs = _costs(dense, small, plan, some[0])
+    paths = [name for name, module in dense.named_modules() if is_linear(module)]
+    errors = [per_layer_error(dense, net, some, paths) for net in (raw, small)]
+    expected, cut, mended = (_outputs(net, some) for net in models)
+    off = OutputError(
+        before_repair=output_error(expected, cut), after_repair=output_error(expected, mended)
+    )
+    return Report(
+        plan=plan,
+        **costs,
+        latency=latency(dense, small, some[0]),
+        layers=layer_errors(*errors),
+        agreement=agreement(expected, mended),
+        output_error=off,
+        repairs=tuple(_noted(note) for note in notes),
+        seconds=dict(seconds),
+        environment=environment(),
+    )
+
+
+def _noted(note: Note) -> RepairNote:
+    return RepairNote(
+        kind=note.kind,
+        site=note.site,
+        before=note.before,
+        after=note.after,
+        accepted=note.accepted,
+        note=note.text,
+    )
+
+
+def _costs(dense: nn.Module, small: nn.Module, plan: Plan, batch: Any) -> dict[str, Cost]:
+    """Count both models and hold the plan to its word."""
+    found = {
+        "params": Cost(before=count_params(dense), after=count_params(small)),
+        "macs": Cost(before=count_macs(dense, batch), after=count_macs(small, batch)),
+    }
+    for name, promised in (("params", plan.params), ("macs", plan.macs)):
+        if found[name].after != promised.after:
+            raise VerificationError(
+                f"{name} are {found[name].after:,}; the plan predicted {promised.after:,}.",
+                where=f"Plan.{name}",
+                fix="report the model: its cost model misses a layer.",
+            )
+    return found
+
+
+def _some(batches: Sequence[Any]) -> list[Any]:
+    chosen, seen = [], 0
+    for batch in batches:
+        chosen.append(batch)
+        seen += batch_size(batch)
+        if seen >= _ENOUGH:
+            break
+    return chosen
+
+
+def _outputs(model: nn.Module, batches: Sequence[Any]) -> list[Any]:
+    with evaluating(model), torch.no_grad():
+        return [map_tensors(run(model, batch), lambda t: t.cpu()) for batch in batches]
