@@ -33,12 +33,13 @@ class Case:
     blocked: bool = False
 
     def model(self, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
-        """Build it in evaluation mode, with norms that do something."""
+        """Build it in evaluation mode, alive: signals of size one, norms that do something."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = self.build()
             for module in model.modules():
                 _stir(module)
+            _estimate(model.to(torch.float64), self.batch(64, seed=2))
         return model.to(dtype).eval()
 
     def batch(self, samples: int = 8, *, seed: int = 1, dtype: torch.dtype = torch.float64) -> Any:
@@ -50,13 +51,25 @@ class Case:
         return self.wrap(torch.randn(shape, generator=generator, dtype=dtype))
 
 
+@torch.no_grad()
 def _stir(module: nn.Module) -> None:
-    """Move a norm away from the identity, as training does."""
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        value = getattr(module, name, None)
-        if isinstance(value, Tensor) and "Norm" in type(module).__name__:
-            with torch.no_grad():
-                value.copy_(torch.rand_like(value) + 0.5 if name != "bias" else value + 0.1)
+    """Give layers gain, and move a norm away from the identity, as training does."""
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        module.weight.mul_(2)
+    elif "Norm" in type(module).__name__:
+        module.weight.copy_(torch.rand_like(module.weight) + 0.5)
+        module.bias.copy_(torch.randn_like(module.bias) / 4)
+
+
+@torch.no_grad()
+def _estimate(model: nn.Module, batch: Any) -> None:
+    """Let the batch-norms see data once."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = None
+    run(model.train(), batch)
+    for norm in norms:
+        norm.momentum = 0.1
 
 
 class Residual(nn.Module):

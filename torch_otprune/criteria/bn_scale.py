@@ -28,5 +28,6 @@ class BNScale(ScoreCriterion):
     def score(self, evidence: Evidence) -> Float[Tensor, " units"]:
         """Average the absolute scales over the norms that carry the unit."""
         if evidence.scales is None:
-            return torch.linalg.vector_norm(evidence.producers, dim=1)
+            norms: Tensor = torch.linalg.vector_norm(evidence.producers, dim=1)
+            return norms
         return evidence.scales.abs().mean(dim=1)

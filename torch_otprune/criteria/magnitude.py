@@ -29,4 +29,5 @@ class Magnitude(ScoreCriterion):
 
     def score(self, evidence: Evidence) -> Float[Tensor, " units"]:
         """Take the norm of each unit's row of weights."""
-        return torch.linalg.vector_norm(evidence.producers, ord=self.p, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(evidence.producers, ord=self.p, dim=1)
+        return norms

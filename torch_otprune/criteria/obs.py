@@ -69,7 +69,8 @@ class _State:
         blocks = self.inverse.view(self.units, self.taps, self.units, self.taps)
         diagonal = torch.einsum("iaib->iab", blocks)
         weight = self.weight.view(-1, self.units, self.taps).permute(1, 2, 0)
-        return (weight * torch.linalg.solve(diagonal, weight)).sum((1, 2))
+        refitted: Tensor = torch.linalg.solve(diagonal, weight)
+        return (weight * refitted).sum((1, 2))
 
     def remove(self, unit: int) -> None:
         """Refit the rest and take the unit out of the inverse."""

@@ -72,7 +72,8 @@ def _residual(order: Tensor, consumer: Consumer) -> Float[Tensor, " units"]:
     second.diagonal().add_(_RIDGE * second.diagonal().mean().clamp_min(1e-12))
     factor = torch.linalg.cholesky(second)
     weight = consumer.felt()[:, order].flatten(1)
-    return (weight @ factor).square().sum(0).view(units, taps).sum(1)
+    power: Tensor = (weight @ factor).square().sum(0)
+    return power.view(units, taps).sum(1)
 
 
 def weighted(

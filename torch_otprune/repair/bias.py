@@ -11,6 +11,7 @@ from torch_otprune.repair.base import Note, Patient, Repair, register
 from torch_otprune.repair.lockstep import Lockstep, Pause, Site
 from torch_otprune.statistics.patches import output_rows, pick, positions
 from torch_otprune.statistics.reduce import all_sum_
+from torch_otprune.structure.layers import tensor
 from torch_otprune.surgery.cut import put_
 
 __all__ = ["Bias"]
@@ -84,6 +85,6 @@ class _Shift:
         module = self.patient.small.get_submodule(path)
         norm = self.patient.norm_behind(path)
         if getattr(module, "bias", None) is not None:
-            put_(module, "bias", module.bias.double() + shift)  # type: ignore[union-attr,operator]
+            put_(module, "bias", tensor(module, "bias").double() + shift)
         elif norm is not None:
-            put_(norm, "running_mean", norm.running_mean.double() - shift)  # type: ignore[union-attr,operator]
+            put_(norm, "running_mean", tensor(norm, "running_mean").double() - shift)

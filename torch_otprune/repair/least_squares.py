@@ -15,7 +15,7 @@ from torch_otprune.repair.lockstep import Lockstep, Pause, Site
 from torch_otprune.repair.solve import Fit, Normal, solve
 from torch_otprune.statistics.patches import columns, full_weight, pick, positions, rows
 from torch_otprune.statistics.reduce import all_sum_
-from torch_otprune.structure.layers import Conv
+from torch_otprune.structure.layers import Conv, channels, tensor
 from torch_otprune.surgery.cut import put_
 
 __all__ = ["LeastSquares"]
@@ -139,7 +139,11 @@ class _Refit:
             if getattr(module, "bias", None) is not None:
                 put_(module, "bias", new[-1])
             elif norm is not None:
-                put_(norm, "running_mean", norm.running_mean.double() - (new[-1] - old[-1]))  # type: ignore[union-attr,operator]
+                put_(
+                    norm,
+                    "running_mean",
+                    tensor(norm, "running_mean").double() - (new[-1] - old[-1]),
+                )
             new = new[:-1]
         put_(module, "weight", _shaped(module, new.T))
 
@@ -150,10 +154,10 @@ def _old(module: nn.Module, offset: bool) -> tuple[Tensor, bool]:
     if not offset:
         return weight, False
     bias = (
-        module.bias.detach().double()
+        tensor(module, "bias").double()
         if module.bias is not None
         else weight.new_zeros(weight.shape[1])
-    )  # type: ignore[union-attr,operator]
+    )
     return torch.cat([weight, bias[None]]), True
 
 
@@ -161,8 +165,7 @@ def _blocks(module: nn.Module, offset: bool) -> list[tuple[Tensor, Tensor]]:
     """List the columns and outputs of each group of a grouped convolution."""
     width = columns(module)
     if not isinstance(module, Conv) or module.groups == 1:
-        out = module.out_channels if isinstance(module, Conv) else module.out_features
-        return [(torch.arange(width + offset), torch.arange(int(out)))]  # type: ignore[arg-type]
+        return [(torch.arange(width + offset), torch.arange(channels(module, "out") or 0))]
     groups = module.groups
     inputs, outputs = (torch.arange(n).chunk(groups) for n in (width, module.out_channels))
     extra = torch.tensor([width] * offset, dtype=torch.int64)
@@ -171,15 +174,15 @@ def _blocks(module: nn.Module, offset: bool) -> list[tuple[Tensor, Tensor]]:
 
 def _shaped(module: nn.Module, full: Tensor) -> Tensor:
     """Give a full matrix the shape of the layer's weight."""
-    shape = module.weight.shape  # type: ignore[union-attr]
+    shape = tensor(module, "weight").shape
     if not isinstance(module, Conv) or module.groups == 1:
-        return full.reshape(shape)  # type: ignore[arg-type]
+        return full.reshape(shape)
     each = full.shape[1] // module.groups
     per = full.shape[0] // module.groups
     pieces = [
         full[g * per : (g + 1) * per, g * each : (g + 1) * each] for g in range(module.groups)
     ]
-    return torch.cat(pieces).reshape(shape)  # type: ignore[arg-type]
+    return torch.cat(pieces).reshape(shape)
 
 
 def _mean(parts: list[tuple[Tensor, Tensor, Fit]], fit: Normal, held: Normal, name: str) -> float:

@@ -12,7 +12,7 @@ from torch_otprune.repair.base import Note, Patient, Repair, register
 from torch_otprune.repair.lockstep import distance
 from torch_otprune.statistics.reduce import all_sum_
 from torch_otprune.structure.forward import evaluating, run
-from torch_otprune.structure.layers import BatchNorm
+from torch_otprune.structure.layers import BatchNorm, tensor
 from torch_otprune.surgery.cut import put_
 
 __all__ = ["Norm"]
@@ -66,7 +66,7 @@ class Norm(Repair):
 
 
 def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    return norm.running_mean.clone(), norm.running_var.clone()  # type: ignore[union-attr,operator]
+    return tensor(norm, "running_mean").clone(), tensor(norm, "running_var").clone()
 
 
 def _write_(norm: nn.Module, values: tuple[Tensor, Tensor]) -> None:

@@ -33,8 +33,9 @@ def collect(
     if isinstance(data, Tensor):
         data = [data]
     source = _recorded(model, data) if callable(data) and not isinstance(data, Iterable) else data
-    batches, left = [], samples
-    for batch in source:  # type: ignore[union-attr]
+    batches: list[Any] = []
+    left = samples
+    for batch in source:
         if left <= 0:
             break
         check_finite(batch, len(batches))

@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torch_otprune.structure.layers import Conv, kernel
+from torch_otprune.structure.layers import Conv, channels, kernel, tensor
 
 __all__ = ["columns", "full_weight", "output_rows", "pick", "positions", "rows", "supported"]
+
+_Axis = tuple[int, int, int, tuple[int, int], int]
 
 
 def columns(module: nn.Module) -> int:
     """Count the columns of a layer's design matrix: input channels times taps."""
-    width = module.in_channels if isinstance(module, Conv) else module.in_features
-    return int(width) * kernel(module)  # type: ignore[arg-type]
+    return (channels(module, "in") or 0) * kernel(module)
 
 
 def supported(module: nn.Module) -> bool:
@@ -37,11 +38,13 @@ def positions(module: nn.Module, x: Tensor) -> int:
     return total
 
 
-def _geometry(module: nn.Module, x: Tensor) -> list[tuple[int, int, int, tuple[int, int], int]]:
-    pads = module._reversed_padding_repeated_twice  # type: ignore[union-attr]
-    sides = [(pads[2 * i], pads[2 * i + 1]) for i in range(len(pads) // 2)][::-1]  # type: ignore[index,arg-type]
+def _geometry(module: nn.Module, x: Tensor) -> list[_Axis]:
+    """List size, kernel, stride, padding and dilation of every spatial axis."""
+    assert isinstance(module, Conv)
+    pads = module._reversed_padding_repeated_twice
+    sides = [(pads[2 * i], pads[2 * i + 1]) for i in range(len(pads) // 2)][::-1]
     axes = (x.shape[2:], module.kernel_size, module.stride, sides, module.dilation)
-    return list(zip(*axes, strict=True))  # type: ignore[arg-type]
+    return list(zip(*axes, strict=True))
 
 
 def pick(total: int, wanted: int, path: str, seed: int) -> Tensor:
@@ -76,20 +79,14 @@ def rows(module: nn.Module, x: Tensor, at: Tensor) -> Float[Tensor, "rows column
     at = at.to(x.device)
     if isinstance(module, nn.Linear):
         return x.reshape(len(x), -1, x.shape[-1])[:, at].flatten(0, 1)
-    if isinstance(module, nn.Conv1d):
-        return _conv_rows(
-            x.unsqueeze(2), at, [(1, 1, 1, (0, 0), 1), *_steps(module, x)], module.padding_mode
-        )
-    return _conv_rows(x, at, _steps(module, x), module.padding_mode)  # type: ignore[arg-type]
+    assert isinstance(module, Conv)
+    geometry = _geometry(module, x)
+    if isinstance(module, nn.Conv1d):  # a picture one pixel high
+        x, geometry = x.unsqueeze(2), [(1, 1, 1, (0, 0), 1), *geometry]
+    return _conv_rows(x, at, geometry, module.padding_mode)
 
 
-def _steps(module: nn.Module, x: Tensor) -> list[tuple[int, int, int, tuple[int, int], int]]:
-    return _geometry(module, x)
-
-
-def _conv_rows(
-    x: Tensor, at: Tensor, geometry: list[tuple[int, int, int, tuple[int, int], int]], mode: str
-) -> Tensor:
+def _conv_rows(x: Tensor, at: Tensor, geometry: list[_Axis], mode: str) -> Tensor:
     (_, kh, sh, ph, dh), (_, kw, sw, pw, dw) = geometry
     if any((*ph, *pw)):
         x = F.pad(x, (*pw, *ph), mode="constant" if mode == "zeros" else mode)
@@ -131,7 +128,7 @@ def full_weight(module: nn.Module) -> Float[Tensor, "out columns"]:
     Returns:
         float64.
     """
-    weight = module.weight.detach().double()  # type: ignore[union-attr,operator]
+    weight = tensor(module, "weight").double()
     if not isinstance(module, Conv) or module.groups == 1:
         if isinstance(module, Conv) and module.transposed:
             weight = weight.transpose(0, 1)

@@ -16,6 +16,7 @@ from torch_otprune.structure.layers import (
     is_depthwise,
     is_linear,
     kernel,
+    tensor,
 )
 from torch_otprune.structure.probe import Probe
 
@@ -87,8 +88,9 @@ class _Widths:
 
 def _share(module: nn.Module, side: Side) -> int:
     """A grouped convolution holds only a share of its input channels per filter."""
-    grouped = isinstance(module, Conv) and not is_depthwise(module) and side == "in"
-    return module.groups if grouped else 1  # type: ignore[return-value]
+    if isinstance(module, Conv) and not is_depthwise(module) and side == "in":
+        return module.groups
+    return 1
 
 
 def _dim(size: int, by_group: dict[str, int], units: dict[str, int], share: int) -> Dim:
@@ -106,6 +108,6 @@ def _mac_term(name: str, module: nn.Module, positions: int, widths: _Widths) -> 
         out = widths.axes.get((f"{name}.weight", 0), Dim(channels(module, "out") or 0))
         return Term(name, positions * kernel(module), (out,))
     assert is_linear(module)
-    shape = module.weight.shape
-    dims = [widths.axes.get((f"{name}.weight", axis), Dim(shape[axis])) for axis in (0, 1)]  # type: ignore[index,union-attr,arg-type]
+    shape = tensor(module, "weight").shape
+    dims = [widths.axes.get((f"{name}.weight", axis), Dim(shape[axis])) for axis in (0, 1)]
     return Term(name, positions * kernel(module), tuple(dims))

@@ -176,7 +176,7 @@ class _Walk:
         self.names = {module: name for name, module in model.named_modules()}
         self.names |= {parameter: name for name, parameter in model.named_parameters()}
         self.forest = _Forest()
-        self.seen: dict[tuple[int, str], set[int]] = {}
+        self.seen: dict[tuple[int, Side], set[int]] = {}
         self.reasons: list[tuple[Any, str]] = []
         self.nodes = {id(node): node for node in graph.module2node.values()}
         self.ends = {id(t.grad_fn) for t in outputs}
@@ -238,8 +238,12 @@ class _Walk:
         from torch_pruning._helpers import _HybridIndex
 
         indices = [_HybridIndex(idx=i, root_idx=i) for i in fresh]
-        for mapping in dependency.index_mapping:
-            indices = mapping(indices) if mapping is not None else indices
+        try:
+            for mapping in dependency.index_mapping:
+                indices = mapping(indices) if mapping is not None else indices
+        except (ArithmeticError, LookupError, TypeError):
+            self._blame(node, side, "torch-pruning cannot follow them through a change of shape")
+            return []
         if any(i.root_idx is None for i in indices):
             self._blame(node, side, "torch-pruning cannot say which channels an expand repeats")
             return []
@@ -293,7 +297,7 @@ class _Walk:
                 continue
             for i in indices:
                 component = found.setdefault(self.forest.find((key, side, i)), Component())
-                component.atoms.add((name, side, i))  # type: ignore[arg-type]
+                component.atoms.add((name, side, i))
         for atom, reason in self.reasons:
             if component := found.get(self.forest.find(atom)):  # type: ignore[assignment]
                 component.reasons.add(reason)

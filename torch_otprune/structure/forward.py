@@ -89,7 +89,12 @@ def map_tensors(tree: Any, function: Any) -> Any:
 def flat_tensors(tree: Any) -> list[Tensor]:
     """List the tensors of a nested output in order."""
     found: list[Tensor] = []
-    map_tensors(vars(tree) if _is_record(tree) else tree, lambda t: found.append(t) or t)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(vars(tree) if _is_record(tree) else tree, note)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 
 from torch_otprune.structure.graph import Side
 
@@ -17,6 +17,7 @@ __all__ = [
     "is_depthwise",
     "is_linear",
     "kernel",
+    "tensor",
     "widths_of",
 ]
 
@@ -100,6 +101,13 @@ def widths_of(module: nn.Module, side: Side) -> tuple[str, ...]:
     if isinstance(module, nn.GroupNorm):
         return ("num_channels",)
     return ("num_parameters",) if isinstance(module, nn.PReLU) else ("num_features",)
+
+
+def tensor(module: nn.Module, name: str) -> Tensor:
+    """Read a parameter or buffer that is known to be there, off the autograd graph."""
+    value = getattr(module, name)
+    assert isinstance(value, Tensor), f"{type(module).__name__}.{name} is no tensor"
+    return value.detach()
 
 
 def kernel(module: nn.Module) -> int:

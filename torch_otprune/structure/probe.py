@@ -69,11 +69,11 @@ class _Watch(TorchFunctionMode):
         for name, module in self.model.named_modules():
             if not list(module.children()):
                 self.handles.append(module.register_forward_hook(_Leave(self, name)))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for handle in self.handles:
             handle.remove()
         self.live.clear()

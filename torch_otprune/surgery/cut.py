@@ -79,6 +79,12 @@ def check_cuts(model: nn.Module, cuts: Iterable[Cut]) -> None:
                 where=f"'{piece.path}', side {piece.side}",
                 fix="apply the plan to the dense model it was made for.",
             )
+        if not all(0 <= channel < piece.size for channel in piece.keep):
+            raise PlanError(
+                f"the plan keeps channel {max(piece.keep)} of {piece.size}.",
+                where=f"'{piece.path}', side {piece.side}",
+                fix="make the plan anew: this one was edited.",
+            )
 
 
 def _bare_size(parameter: Tensor | None) -> int | None:

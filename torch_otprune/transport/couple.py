@@ -97,7 +97,9 @@ class Coupling:
             moved = flat[self.links.columns] * self.links.mass.to(flat)[:, None]
             out = out.index_add(0, self.links.rows, moved)
         else:
-            out = torch.cat([plan.to(flat) @ flat for _, _, plan in self._blocks()])
+            out = flat.new_empty(len(self.a), flat.shape[1])
+            for rows, _, plan in self._blocks():
+                out[rows] = plan.to(flat) @ flat
         return out.reshape(len(self.a), *values.shape[1:])
 
     def barycentric_map(self, values: Float[Tensor, "m ..."]) -> Float[Tensor, "n ..."]:
@@ -159,5 +161,5 @@ class Coupling:
         assert self.dual is not None
         f, g = self.dual
         for rows, cost in self.geometry.blocks():
-            power = ((f[rows, None] + g - cost) / self.eps).exp()
-            yield rows, cost, power * self.a[rows, None] * self.b
+            plan = (f[rows, None] + g).sub_(cost).div_(self.eps).exp_()
+            yield rows, cost, plan.mul_(self.a[rows, None]).mul_(self.b)

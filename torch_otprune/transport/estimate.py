@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_otprune.transport.checks import cloud, refuse, same_space
 from torch_otprune.transport.cost import root
 
-__all__ = ["Estimate", "estimate", "paired_distance"]
+__all__ = ["Estimate", "estimate", "paired_distance", "paired_rows"]
 
 Distance = Callable[[Tensor, Tensor], "Tensor | float"]
 
@@ -106,13 +106,18 @@ def paired_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> Float[T
         is shorter, which `coupling_points` checks.
     """
     x, y = cloud(x, "x"), cloud(y, "y")
+    paired_rows(x, y)
+    return root((x - y.to(x)).square().sum(1).mean())
+
+
+def paired_rows(x: Tensor, y: Tensor) -> None:
+    """Refuse clouds whose rows cannot belong together."""
     refuse(
         x.shape != y.shape,
         f"clouds of shapes {tuple(x.shape)} and {tuple(y.shape)} are not paired.",
         where="paired_distance, arguments x and y",
         fix="pass one row per input, in the same order.",
     )
-    return root((x - y.to(x)).square().sum(1).mean())
 
 
 def _halved(distance: Distance, x: Tensor, generator: torch.Generator) -> float:

@@ -15,7 +15,7 @@ from torch_otprune.transport.cost import ground_cost, root
 __all__ = ["Cloud", "Geometry", "Stored", "softmin"]
 
 CACHE = 2**20  # entries that stay in the cache between a product and its reduction
-BLOCK = 2**22  # entries of the cost held at a time when it is not stored
+BLOCK = 2**21  # entries of the cost held at a time when it is not stored
 
 
 class Geometry(ABC):
@@ -136,8 +136,10 @@ def softmin(geometry: Geometry, h: Float[Tensor, " m"], eps: float) -> Float[Ten
     """Compute -eps log sum_j exp(h_j - C_ij / eps) for every source, in the unit of the cost."""
     if isinstance(geometry, Cloud) and geometry.p == 2:
         return _softmin_squared(geometry.x, geometry.y, h, eps)
-    parts = [torch.logsumexp(h - cost / eps, dim=1) for _, cost in geometry.blocks()]
-    return -eps * torch.cat(parts)
+    out = torch.empty_like(geometry.like[:, 0])
+    for rows, cost in geometry.blocks():
+        out[rows] = torch.logsumexp(h - cost / eps, dim=1)
+    return out.mul_(-eps)
 
 
 def _softmin_squared(x: Tensor, y: Tensor, h: Tensor, eps: float) -> Tensor:
@@ -146,8 +148,9 @@ def _softmin_squared(x: Tensor, y: Tensor, h: Tensor, eps: float) -> Tensor:
     x, y = x - centre, y - centre
     tilt, own = h - y.square().sum(1) / eps, x.square().sum(1)
     step = max(1, CACHE // len(y))
-    parts = [
-        torch.logsumexp(torch.addmm(tilt, part, y.T, alpha=2 / eps), dim=1)
-        for part in torch.split(x, step)
-    ]
-    return own - eps * torch.cat(parts)
+    # Results go into one tensor: small ones kept between large ones would break up the heap.
+    out = torch.empty_like(own)
+    for i in range(0, len(x), step):
+        power = torch.addmm(tilt, x[i : i + step], y.T, alpha=2 / eps)
+        out[i : i + step] = torch.logsumexp(power, dim=1)
+    return own - eps * out

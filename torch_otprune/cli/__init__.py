@@ -1,0 +1,151 @@
+"""The command line: parse, call, print. Importing this imports no torch, so that help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from torch_otprune import __version__
+from torch_otprune.cli.screen import screen
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="otprune",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="The dense model, as package.module:factory.")]
+Data = Annotated[
+    str, typer.Option("--data", "-d", help="Batches without labels, as package.module:loader.")
+]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", "-w", help="Safetensors file to load into the model.")
+]
+Rules = Annotated[
+    Path | None,
+    typer.Option("--policy", "-p", help="Policy as YAML; by default the one on the model's class."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"otprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def front(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Make trained PyTorch models smaller, and prove what that did."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")] = Path("report"),
+    seed: Annotated[int, typer.Option(min=0, help="Fixes every random choice.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Train less, time less.")] = False,
+    json: Json = False,
+) -> None:
+    """Train, prune and check a small network on handwritten digits."""
+    with screen(json=json) as show:
+        from torch_otprune.cli.actions import run_demo
+
+        run_demo(show, out, seed=seed, quick=quick)
+
+
+@app.command()
+def doctor(
+    model: Model,
+    example: Annotated[
+        str,
+        typer.Option("--example", "--data", "-d", help="A batch or batches, as for --data."),
+    ],
+    json: Json = False,
+) -> None:
+    """Explain every parameter: its group, or why it cannot be cut."""
+    with screen(json=json) as show:
+        from torch_otprune.cli.actions import diagnose
+
+        diagnose(show, model, example)
+
+
+@app.command()
+def plan(
+    model: Model,
+    data: Data,
+    policy: Rules = None,
+    weights: Weights = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File for the plan.")] = None,
+    json: Json = False,
+) -> None:
+    """Decide what to remove. The model is not touched."""
+    with screen(json=json) as show:
+        from torch_otprune.cli.actions import make_plan
+
+        make_plan(show, model, data, policy=policy, weights=weights, out=out)
+
+
+@app.command()
+def apply(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for model/ and report/.")],
+    stored: Annotated[
+        Path | None, typer.Option("--plan", help="Plan that `otprune plan` wrote.")
+    ] = None,
+    policy: Rules = None,
+    weights: Weights = None,
+    json: Json = False,
+) -> None:
+    """Carry out a stored plan or a policy; write model and report."""
+    with screen(json=json) as show:
+        from torch_otprune.cli.actions import carry_out
+
+        carry_out(show, model, data, plan=stored, policy=policy, weights=weights, out=out)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="What `apply` or otp.save wrote.")],
+    factory: Annotated[
+        str, typer.Option("--factory", "-f", help="Builds the dense model: package.module:factory.")
+    ],
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="Batches to run, as package.module:loader.")
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", "-w", help="Dense weights to compare the answers with."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Reload a saved model, check its hashes and sizes, and run it."""
+    with screen(json=json) as show:
+        from torch_otprune.cli.actions import check
+
+        check(show, directory, factory, data=data, weights=weights)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a policy file, for editors."""
+    with screen(json=True) as show:
+        from torch_otprune.cli.actions import print_schema
+
+        print_schema(show)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,336 @@
+"""What the commands do, once it is clear that torch is needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_otprune import demo
+from torch_otprune.attach import attach, observe
+from torch_otprune.cli import names
+from torch_otprune.cli.screen import Bars, Screen
+from torch_otprune.errors import OTPruneError, StructureError, VerificationError
+from torch_otprune.pipeline import apply_
+from torch_otprune.plan import Plan
+from torch_otprune.policy import Policy
+from torch_otprune.report import agreement, count_macs, count_params
+from torch_otprune.statistics import collect
+from torch_otprune.store import load, plan_of, save
+from torch_otprune.store.files import PLAN, WEIGHTS, format_of
+from torch_otprune.structure import evaluating, flat_tensors, run
+from torch_otprune.structure.doctor import Diagnosis, doctor
+
+__all__ = ["carry_out", "check", "diagnose", "make_plan", "print_schema", "run_demo"]
+
+_CHECKED = 256  # samples that `verify` runs
+
+
+def diagnose(show: Screen, model: str, example: str) -> None:
+    """Explain every parameter of a model.
+
+    Args:
+        show: where to print.
+        model: name of the factory.
+        example: name of batches, of which the first is used.
+
+    Raises:
+        StructureError: after printing, if nothing could be cut.
+    """
+    net = names.model(model)
+    batch = collect(net, names.data(example, "--example"), 2)[0]
+    found = doctor(net, batch)
+    show.data(found.to_json())
+    _show_diagnosis(show, found)
+    if not found.groups:
+        raise StructureError(
+            "nothing could be pruned: no group of channels can be cut.",
+            where=f"MODEL {model}",
+            fix="make one of the changes that the diagnosis names.",
+        )
+
+
+def _show_diagnosis(show: Screen, found: Diagnosis) -> None:
+    show.text(f"{found.model}: {found.params:,} parameters, {found.macs:,} MACs per sample", "")
+    show.table(("parameters", "elements", "share", ""), found.totals(), numbers=(1, 2))
+    if found.groups:
+        head = ("group", "units", "params/unit", "MACs/unit", "from", "via", "to")
+        counts = [(w.units, w.params_per_unit, w.macs_per_unit) for w in found.groups]
+        paths = [(w.producers, w.carriers, w.consumers) for w in found.groups]
+        rows = [
+            (ward.group, *(f"{n:,}" for n in count), *("\n".join(p) for p in path))
+            for ward, count, path in zip(found.groups, counts, paths, strict=True)
+        ]
+        show.table(head, rows, numbers=(1, 2, 3))
+    if stays := found.stays():
+        show.table(("stays", "", "because", "fix"), stays)
+
+
+def make_plan(
+    show: Screen,
+    model: str,
+    data: str,
+    *,
+    policy: Path | None,
+    weights: Path | None,
+    out: Path | None,
+) -> None:
+    """Decide what to remove, print it, and write it.
+
+    Args:
+        show: where to print.
+        model: name of the factory.
+        data: name of the loader.
+        policy: YAML file; None takes the one on the model's class.
+        weights: safetensors file.
+        out: file for the plan's JSON.
+    """
+    declared = None if policy is None else Policy.from_yaml(policy)
+    if out is not None:
+        _check_file(out)
+    net = names.model(model, weights)
+    with show.bars() as bars:
+        plan, _ = _decide(net, declared, names.data(data), bars)
+    if out is not None:
+        _write(out, plan.to_json())
+    show.data(plan.to_json())
+    _show_plan(show, plan)
+    if out is not None:
+        show.text("", f"written to {out}")
+
+
+def _decide(net: nn.Module, policy: Policy | None, data: Any, bars: Bars) -> tuple[Plan, list[Any]]:
+    with attach(net, policy) as attached:
+        bars("load", 0, 1)
+        batches = collect(net, data, attached.policy.calibration.samples)
+        bars("load", 1, 1)
+        bars.each("observe", batches, lambda batch: observe(attached, [batch]))
+        bars("plan", 0, 1)
+        plan = attached.plan()
+        bars("plan", 1, 1)
+    return plan, batches
+
+
+def _show_plan(show: Screen, plan: Plan) -> None:
+    rows = [
+        (c.group, str(c.units), str(len(c.keep)), f"{c.error:.3f}", c.reason) for c in plan.cuts
+    ]
+    show.table(("group", "units", "keep", "error", "reason"), rows, numbers=(1, 2, 3))
+    for name, cost in (("params", plan.params), ("macs", plan.macs)):
+        show.text(f"{name}: {cost.before:,} -> {cost.after:,} ({cost.ratio:.1%} kept)")
+    if plan.refused:
+        show.text("")
+        refused = [(r.group, r.reason, r.fix) for r in plan.refused]
+        show.table(("not cut", "because", "fix"), refused)
+    for note in plan.notes:
+        show.text(f"note: {note}")
+
+
+def carry_out(
+    show: Screen,
+    model: str,
+    data: str,
+    *,
+    plan: Path | None,
+    policy: Path | None,
+    weights: Path | None,
+    out: Path,
+) -> None:
+    """Prune by a stored plan or by a policy; write the model and the report.
+
+    Args:
+        show: where to print.
+        model: name of the factory.
+        data: name of the loader.
+        plan: file that `plan` wrote.
+        policy: YAML file; without either, the policy on the model's class.
+        weights: safetensors file.
+        out: directory for `model/` and `report/`.
+
+    Raises:
+        OTPruneError: if both a plan and a policy are given, or a file is missing.
+    """
+    if plan is not None and policy is not None:
+        raise OTPruneError(
+            "a plan and a policy were given.",
+            where=f"--plan {plan}, --policy {policy}",
+            fix="drop --policy: the plan holds the policy it was made with.",
+        )
+    stored = None if plan is None else _read_plan(plan)
+    declared = None if policy is None else Policy.from_yaml(policy)
+    _check_directory(out)
+    net = names.model(model, weights)
+    batches: Any = names.data(data)
+    with show.bars() as bars:
+        if stored is None:
+            stored, batches = _decide(net, declared, batches, bars)
+        report = apply_(net, stored, batches, progress=bars)
+    save(net, out / "model")
+    report.write(out / "report")
+    show.data(report.to_json())
+    show.text(str(report), "", f"model in {out / 'model'}, report in {out / 'report'}")
+
+
+def check(
+    show: Screen, directory: Path, factory: str, *, data: str | None, weights: Path | None
+) -> None:
+    """Reload a saved model, check it against its plan, and run it.
+
+    Args:
+        show: where to print.
+        directory: what `apply` or `otp.save` wrote.
+        factory: name of what builds the dense model.
+        data: name of batches to run.
+        weights: the dense model's weights, to compare answers with.
+
+    Raises:
+        OTPruneError: if weights come without data, or the model is not what its plan says.
+    """
+    if weights is not None and data is None:
+        raise OTPruneError(
+            "there is nothing to compare answers on.",
+            where=f"--weights {weights}",
+            fix="pass --data as well.",
+        )
+    root = directory / "model" if (directory / "model" / PLAN).is_file() else directory
+    net = load(root, factory=lambda: names.model(factory))
+    plan = plan_of(net)
+    _expect("params", count_params(net), plan.params.after)
+    facts: dict[str, Any] = {"model": str(root), "plan": plan.hash, "params": count_params(net)}
+    if data is not None:
+        facts |= _run(net, plan, names.data(data))
+    if weights is not None and data is not None:
+        dense = names.model(factory, weights)
+        batches = collect(net, names.data(data), _CHECKED)
+        facts["agreement"] = agreement(_outputs(dense, batches), _outputs(net, batches)).value
+    show.data(json.dumps(facts, indent=2))
+    show.table(("verified", ""), [(key, _spell(value)) for key, value in facts.items()])
+
+
+def _run(net: nn.Module, plan: Plan, data: Any) -> Mapping[str, Any]:
+    batches = collect(net, data, _CHECKED)
+    outputs = _outputs(net, batches)
+    tensors = [t for t in flat_tensors(outputs) if t.is_floating_point()]
+    if not all(bool(torch.isfinite(t).all()) for t in tensors):
+        raise VerificationError(
+            "the model's output holds NaN or infinity.",
+            where="verify, on the batches of --data",
+            fix="compare with the dense model, and prune again.",
+        )
+    macs = count_macs(net, batches[0])
+    _expect("macs", macs, plan.macs.after)
+    return {"macs": macs, "batches": len(batches)}
+
+
+def _outputs(net: nn.Module, batches: list[Any]) -> list[Any]:
+    try:
+        with evaluating(net), torch.no_grad():
+            return [run(net, batch) for batch in batches]
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise VerificationError(
+            f"the model does not run: {next(iter(str(error).splitlines()), '').rstrip('.')}.",
+            where="verify, on the batches of --data",
+            fix="pass batches as the dense model takes them.",
+        ) from error
+
+
+def _expect(name: str, found: int, promised: int) -> None:
+    if found != promised:
+        raise VerificationError(
+            f"{name} are {found:,}; the plan says {promised:,}.",
+            where=f"Plan.{name}",
+            fix="pass batches of the shape that the plan was made with, or save the model again.",
+        )
+
+
+def _spell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.1%}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def print_schema(show: Screen) -> None:
+    """Print the JSON schema of a policy file."""
+    show.data(json.dumps(Policy.json_schema(), indent=2))
+
+
+def run_demo(show: Screen, out: Path, *, seed: int, quick: bool) -> None:
+    """Run the whole path on the digits, and print what came out.
+
+    Args:
+        show: where to print.
+        out: directory to write.
+        seed: fixes every random choice.
+        quick: train less.
+    """
+    _check_directory(out, report=out)
+    with show.bars() as bars:
+        outcome = demo.run(out, seed=seed, quick=quick, progress=bars)
+    _show_plan(show, outcome.report.plan)
+    show.text("", str(outcome.report), "")
+    show.table(("", "accuracy", "MACs"), outcome.rows(), numbers=(1, 2))
+    show.text(*(f"- {sentence}" for sentence in outcome.verdicts()))
+    show.text("", f"open {out / 'report.html'}")
+    show.data(outcome.to_json())
+
+
+def _read_plan(path: Path) -> Plan:
+    return Plan.from_json(_reading(path, lambda: path.read_text(encoding="utf-8")))
+
+
+def _reading(path: Path, read: Callable[[], str]) -> str:
+    try:
+        return read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise OTPruneError(
+            f"the plan cannot be read: {reason}.",
+            where=f"--plan {path}",
+            fix="pass the file that `otprune plan --out` wrote.",
+        ) from error
+
+
+def _check_file(path: Path) -> None:
+    """Object before the work, not after it, to a file that cannot be written."""
+    if path.is_dir():
+        raise OTPruneError(
+            "the plan cannot be written: this is a directory.",
+            where=f"--out {path}",
+            fix=f"name a file, such as {path / 'plan.json'}.",
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OTPruneError(
+            f"the plan cannot be written: {error.strerror}.",
+            where=f"--out {path}",
+            fix="name a file that you may write.",
+        ) from error
+
+
+def _check_directory(out: Path, report: Path | None = None) -> None:
+    """Object before the work to a directory that `save` or the report would refuse."""
+    model = out / "model"
+    for path in (out, report or out / "report", model):
+        if path.exists() and not path.is_dir():
+            raise _occupied(path, "it is a file")
+    inside = {path.name for path in model.iterdir()} if model.exists() else set()
+    ours = inside <= {PLAN, WEIGHTS} and format_of(model / PLAN) == "torch_otprune"
+    if inside and not ours:
+        raise _occupied(model, "it holds something else than a saved model")
+
+
+def _occupied(path: Path, reason: str) -> OTPruneError:
+    return OTPruneError(
+        f"nothing can be written there: {reason}.",
+        where=f"--out {path}",
+        fix="name a new directory, or one that this command wrote.",
+    )
