@@ -114,11 +114,13 @@ PEERS: list[Spec] = [
 ]
 OUR_DEFAULT = Spec("ours", "transport", "all", "budget", "least_squares")
 _CRITERIA = ("transport", "obs", "magnitude", "bn_scale", "taylor", "activation", "fpgm", "random")
-_REPAIRS = ("none", "norm", "least_squares", "least_squares+norm", "reconstruct")
 OURS: list[Spec] = [
     OUR_DEFAULT,
-    *_grid("ours", _CRITERIA, ("inner",), ("budget", "uniform"), _REPAIRS),
-    *_grid("ours", ("transport", "obs", "magnitude"), ("all",), ("budget",), _REPAIRS),
+    Spec("ours", "transport", "all", "budget", "reconstruct"),
+    *_grid("ours", ("transport", "obs"), ("inner",), ("uniform",), ("least_squares",)),
+    *_grid("ours", _CRITERIA[1:], ("all",), ("budget",), ("least_squares",)),
+    *_grid("ours", _CRITERIA, ("all",), ("budget",), ("norm",)),
+    *_grid("ours", ("transport",), ("all",), ("budget",), ("none", "bias", "least_squares+norm")),
 ]
 
 

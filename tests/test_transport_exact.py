@@ -82,7 +82,7 @@ def test_channel_laws_form_a_metric(seed: int, p: float, n: int) -> None:
 @given(seed=st.integers(0, 10_000), scale=st.floats(1e-3, 1e3))
 def test_scaling_the_points_scales_every_distance(seed: int, scale: float) -> None:
     x, y = draw(seed, 12, 3), draw(seed + 1, 9, 3)
-    for verb in (_exact, transport.sliced, transport.divergence):
+    for verb in (_exact, transport.wasserstein, transport.sliced, transport.divergence):
         one, two = verb(x, y), verb(scale * x, scale * y)
         assert float(two) == pytest.approx(scale * float(one), rel=1e-5)
 
@@ -236,3 +236,22 @@ def test_an_empty_cloud_is_refused() -> None:
 def test_a_cost_with_too_many_rows_is_refused() -> None:
     with pytest.raises(TransportError, match="has no column for every row"):
         transport.assignment(torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gradient_of_the_exact_distance_matches_finite_differences(
+    p: float, weighted: bool
+) -> None:
+    x, y = draw(20, 7, 3).requires_grad_(), draw(21, 7, 3).requires_grad_()
+    a, b = (weights(1, 7), weights(2, 7)) if weighted else (None, None)
+    assert torch.autograd.gradcheck(lambda s, t: transport.wasserstein(s, t, a, b, p=p), (x, y))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), p=st.sampled_from([1.0, 2.0]))
+def test_the_exact_distance_is_a_metric(seed: int, p: float) -> None:
+    x, y, z = (draw(seed + i, 8, 2) for i in range(3))
+    xy, yz, xz = (float(transport.wasserstein(*pair, p=p)) for pair in ((x, y), (y, z), (x, z)))
+    assert xz <= xy + yz + 1e-9
+    assert xy == pytest.approx(float(transport.wasserstein(y, x, p=p)), rel=1e-9)

@@ -16,7 +16,15 @@ from torch_otprune.decide import decide
 from torch_otprune.errors import CalibrationError, PolicyError, StructureError
 from torch_otprune.plan import Plan
 from torch_otprune.policy import Policy, policy_of
-from torch_otprune.statistics import Observation, Recorder, collect, conclude, consumers, quote
+from torch_otprune.statistics import (
+    Observation,
+    Recorder,
+    Reservoir,
+    collect,
+    conclude,
+    consumers,
+    quote,
+)
 from torch_otprune.structure import Call, Graph, batch_size, evaluating, head, run, trace
 from torch_otprune.structure.trace import check
 
@@ -97,7 +105,7 @@ class Attached:
         self.graph: Graph | None = None
         self.samples = 0
         self._recorder: Recorder | None = None
-        self._probes: list[Any] = []
+        self._probes = Reservoir(policy.calibration.probe, policy.seed)
         self._example: Any = None
         self._needs = _needs(policy)
         if example is not None:
@@ -185,10 +193,10 @@ class Attached:
         return conclude(
             self.model,
             recorder,
-            self._probes,
+            self._probes.batches(),
             consumers(graph),
             samples=self.samples,
-            feel="sensitivity" in self._needs and bool(self._probes),
+            feel="sensitivity" in self._needs and self.samples > 0,
             seed=self.policy.seed,
         )
 
@@ -225,13 +233,13 @@ class Attached:
         if self.graph is None:
             self._analyse(batch)
         calibration = self.policy.calibration
-        probed = sum(batch_size(b) for b in self._probes)
-        if "sensitivity" in self._needs and probed < calibration.probe:
-            self._probes.append(head(batch, calibration.probe - probed))
+        wanted = self.samples < calibration.samples
         if self._recorder is not None:
-            self._recorder.active = self.samples < calibration.samples
-        if self.samples < calibration.samples:
+            self._recorder.active = wanted
+        if wanted:
             self.samples += batch_size(batch)
+            if "sensitivity" in self._needs:
+                self._probes.add(batch)
 
 
 def _needs(policy: Policy) -> frozenset[str]:

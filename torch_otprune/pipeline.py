@@ -79,7 +79,9 @@ def apply_(
         with watch("repair"):
             notes = repair_(model, dense, graph, plan, batches, progress=progress)
         with watch("verify"):
-            report = verify((dense, raw, model), plan, batches, notes, seconds=watch.seconds)
+            report = verify(
+                (dense, raw, model), graph, plan, batches, notes=notes, seconds=watch.seconds
+            )
     except BaseException:  # whatever happened, the model must be as it was
         snapshot.restore_()
         raise

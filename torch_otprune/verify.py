@@ -13,6 +13,7 @@ from torch import nn
 from torch_otprune.errors import VerificationError
 from torch_otprune.plan import Cost, Plan
 from torch_otprune.repair import Note
+from torch_otprune.repair.blocks import blocks
 from torch_otprune.report import (
     OutputError,
     RepairNote,
@@ -26,8 +27,7 @@ from torch_otprune.report import (
     output_error,
     per_layer_error,
 )
-from torch_otprune.structure import batch_size, evaluating, map_tensors, run
-from torch_otprune.structure.layers import is_linear
+from torch_otprune.structure import Graph, batch_size, evaluating, map_tensors, run
 
 __all__ = ["Progress", "Stopwatch", "quiet", "verify"]
 
@@ -62,16 +62,18 @@ class Stopwatch:
 
 def verify(
     models: tuple[nn.Module, nn.Module, nn.Module],
+    graph: Graph,
     plan: Plan,
     batches: Sequence[Any],
-    notes: Sequence[Note],
     *,
+    notes: Sequence[Note],
     seconds: Mapping[str, float],
 ) -> Report:
     """Measure what a pruning did.
 
     Args:
         models: the original, the cut model before repair, and after it.
+        graph: the original's analysis.
         plan: what was carried out.
         batches: calibration batches.
         notes: what the repairs did.
@@ -86,7 +88,7 @@ def verify(
     dense, raw, small = models
     some = _some(batches)
     costs = _costs(dense, small, plan, some[0])
-    paths = [name for name, module in dense.named_modules() if is_linear(module)]
+    paths = _places(dense, graph, plan)
     errors = [per_layer_error(dense, net, some, paths) for net in (raw, small)]
     expected, cut, mended = (_outputs(net, some) for net in models)
     off = OutputError(
@@ -103,6 +105,15 @@ def verify(
         seconds=dict(seconds),
         environment=environment(),
     )
+
+
+def _places(dense: nn.Module, graph: Graph, plan: Plan) -> list[str]:
+    """List the blocks around cuts, and the linear layers that write straight to what follows."""
+    # Where an output is added to a stream, a repair may rightly change it to mend the stream.
+    around = blocks(dense, plan.cuts)
+    straight = [p for p in graph.order if not (p in graph.tails and graph.tails[p].added)]
+    order = [name for name, _ in dense.named_modules()]
+    return sorted({*around, *straight}, key=order.index)
 
 
 def _noted(note: Note) -> RepairNote:

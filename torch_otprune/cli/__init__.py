@@ -81,7 +81,7 @@ def doctor(
 
 
 @app.command()
-def plan(
+def plan(  # noqa: PLR0917 (the shell names them)
     model: Model,
     data: Data,
     policy: Rules = None,
@@ -97,7 +97,7 @@ def plan(
 
 
 @app.command()
-def apply(
+def apply(  # noqa: PLR0917 (the shell names them)
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for model/ and report/.")],

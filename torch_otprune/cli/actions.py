@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch_otprune import demo
 from torch_otprune.attach import attach, observe
 from torch_otprune.cli import names
+from torch_otprune.cli.files import check_directory, check_file, read_plan, write
 from torch_otprune.cli.screen import Bars, Screen
 from torch_otprune.errors import OTPruneError, StructureError, VerificationError
 from torch_otprune.pipeline import apply_
@@ -21,7 +22,7 @@ from torch_otprune.policy import Policy
 from torch_otprune.report import agreement, count_macs, count_params
 from torch_otprune.statistics import collect
 from torch_otprune.store import load, plan_of, save
-from torch_otprune.store.files import PLAN, WEIGHTS, format_of
+from torch_otprune.store.files import PLAN
 from torch_otprune.structure import evaluating, flat_tensors, run
 from torch_otprune.structure.doctor import Diagnosis, doctor
 
@@ -91,12 +92,12 @@ def make_plan(
     """
     declared = None if policy is None else Policy.from_yaml(policy)
     if out is not None:
-        _check_file(out)
+        check_file(out)
     net = names.model(model, weights)
     with show.bars() as bars:
         plan, _ = _decide(net, declared, names.data(data), bars)
     if out is not None:
-        _write(out, plan.to_json())
+        write(out, plan.to_json() + "\n")
     show.data(plan.to_json())
     _show_plan(show, plan)
     if out is not None:
@@ -160,9 +161,9 @@ def carry_out(
             where=f"--plan {plan}, --policy {policy}",
             fix="drop --policy: the plan holds the policy it was made with.",
         )
-    stored = None if plan is None else _read_plan(plan)
+    stored = None if plan is None else read_plan(plan)
     declared = None if policy is None else Policy.from_yaml(policy)
-    _check_directory(out)
+    check_directory(out)
     net = names.model(model, weights)
     batches: Any = names.data(data)
     with show.bars() as bars:
@@ -267,7 +268,7 @@ def run_demo(show: Screen, out: Path, *, seed: int, quick: bool) -> None:
         seed: fixes every random choice.
         quick: train less.
     """
-    _check_directory(out, report=out)
+    check_directory(out, report=".")
     with show.bars() as bars:
         outcome = demo.run(out, seed=seed, quick=quick, progress=bars)
     _show_plan(show, outcome.report.plan)
@@ -276,61 +277,3 @@ def run_demo(show: Screen, out: Path, *, seed: int, quick: bool) -> None:
     show.text(*(f"- {sentence}" for sentence in outcome.verdicts()))
     show.text("", f"open {out / 'report.html'}")
     show.data(outcome.to_json())
-
-
-def _read_plan(path: Path) -> Plan:
-    return Plan.from_json(_reading(path, lambda: path.read_text(encoding="utf-8")))
-
-
-def _reading(path: Path, read: Callable[[], str]) -> str:
-    try:
-        return read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise OTPruneError(
-            f"the plan cannot be read: {reason}.",
-            where=f"--plan {path}",
-            fix="pass the file that `otprune plan --out` wrote.",
-        ) from error
-
-
-def _check_file(path: Path) -> None:
-    """Object before the work, not after it, to a file that cannot be written."""
-    if path.is_dir():
-        raise OTPruneError(
-            "the plan cannot be written: this is a directory.",
-            where=f"--out {path}",
-            fix=f"name a file, such as {path / 'plan.json'}.",
-        )
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OTPruneError(
-            f"the plan cannot be written: {error.strerror}.",
-            where=f"--out {path}",
-            fix="name a file that you may write.",
-        ) from error
-
-
-def _check_directory(out: Path, report: Path | None = None) -> None:
-    """Object before the work to a directory that `save` or the report would refuse."""
-    model = out / "model"
-    for path in (out, report or out / "report", model):
-        if path.exists() and not path.is_dir():
-            raise _occupied(path, "it is a file")
-    inside = {path.name for path in model.iterdir()} if model.exists() else set()
-    ours = inside <= {PLAN, WEIGHTS} and format_of(model / PLAN) == "torch_otprune"
-    if inside and not ours:
-        raise _occupied(model, "it holds something else than a saved model")
-
-
-def _occupied(path: Path, reason: str) -> OTPruneError:
-    return OTPruneError(
-        f"nothing can be written there: {reason}.",
-        where=f"--out {path}",
-        fix="name a new directory, or one that this command wrote.",
-    )

@@ -104,9 +104,7 @@ def resolve(name: str, role: str) -> Any:
         sys.path.insert(0, here)
     found: Any = _import(place, f"{role} {name}")
     for step in path.split("."):
-        if not hasattr(found, step):
-            raise _absent(found, step, f"{role} {name}")
-        found = getattr(found, step)
+        found = _member(found, step, f"{role} {name}")
     return found
 
 
@@ -142,11 +140,13 @@ def _no_module(missing: str, where: str) -> OTPruneError:
     )
 
 
-def _absent(owner: Any, step: str, where: str) -> OTPruneError:
+def _member(owner: Any, step: str, where: str) -> Any:
+    if hasattr(owner, step):
+        return getattr(owner, step)
     names = [name for name in dir(owner) if not name.startswith("_")]
     title = getattr(owner, "__name__", type(owner).__name__)
     file = getattr(owner, "__file__", None)
-    return OTPruneError(
+    raise OTPruneError(
         f"'{title}' has no '{step}'.",
         where=f"{where}{f', {file}' if file else ''}{_closest(step, names)}",
         fix="name something that the module defines at its top level.",

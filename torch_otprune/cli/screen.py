@@ -44,6 +44,9 @@ def screen(*, json: bool) -> Iterator[Screen]:
 
     Yields:
         where to write.
+
+    Raises:
+        Exit: with the code of the error.
     """
     try:
         out = sys.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
+from math import sqrt
 
 import torch
 from torch import nn
@@ -103,8 +104,8 @@ def _limits(policy: Policy, graph: Graph) -> dict[str, int]:
 
 def _cut(candidate: Candidate, size: int) -> Cut:
     keep = candidate.choose(size)
-    lost = float(candidate.curve[size])
-    share = f"{size} of {candidate.units} units carry all but {lost:.1%}"
+    lost = sqrt(max(float(candidate.curve[size]), 0.0))
+    felt = f"dropping {candidate.units - size} moves {candidate.moves} by {lost:.2%}"
     return Cut(
         group=candidate.name,
         rule=candidate.rule,
@@ -112,7 +113,7 @@ def _cut(candidate: Candidate, size: int) -> Cut:
         keep=tuple(keep.tolist()),
         criterion=candidate.criterion,
         error=float(f"{lost:.3e}"),
-        reason=f"{candidate.criterion}: {share} of what is felt",
+        reason=f"{candidate.criterion}: {felt}",
         slices=candidate.spell(keep),
     )
 

@@ -36,7 +36,9 @@ class Cut(_Frozen):
     keep: tuple[int, ...] = Field(min_length=1, description="sorted unit indices that stay")
     criterion: str = Field(description="what ranked the units")
     reason: str = Field(description="one sentence")
-    error: float = Field(ge=0, description="predicted relative error at the consumers")
+    error: float = Field(
+        ge=0, description="predicted change of the network's output, as a share of its RMS"
+    )
     slices: tuple[Slice, ...] = Field(description="the same cut, module by module")
 
 
@@ -131,7 +133,7 @@ class Plan(_Frozen):
 def _table(plan: Plan) -> str:
     rows = [("group", "units", "keep", "error", "reason")]
     rows += [
-        (c.group, str(c.units), str(len(c.keep)), f"{c.error:.3f}", c.reason) for c in plan.cuts
+        (c.group, str(c.units), str(len(c.keep)), f"{c.error:.2%}", c.reason) for c in plan.cuts
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [

@@ -54,6 +54,7 @@ class Candidate:
         curve: predicted cost by number of units kept.
         widths: allowed numbers, ascending.
         criterion: what ranked it.
+        moves: what the curve is a share of, in words.
         choose: the set of a size.
         spell: a set, module by module.
     """
@@ -64,6 +65,7 @@ class Candidate:
     curve: Float[Tensor, " sizes"]
     widths: tuple[int, ...]
     criterion: str
+    moves: str
     choose: Callable[[int], Int[Tensor, " kept"]]
     spell: Callable[[Tensor], tuple[Slice, ...]]
 
@@ -75,6 +77,8 @@ class Offer:
     candidates: tuple[Candidate, ...]
     refused: tuple[Refusal, ...] = ()
 
+
+_MOVES = {"output": "the output", "uniform": "its consumers", "none": "its consumers (unscaled)"}
 
 Proposer = Callable[[Case, Mapping[int, Any]], Offer]
 PROPOSERS: dict[type[Rule], Proposer] = {}
@@ -191,8 +195,9 @@ def _candidate(case: Case, group: Group, index: int, rule: Channels) -> Candidat
     refits = any(r.kind in ("least_squares", "reconstruct") for r in rule.repair)
     priced = (repaired if refits else dropped)(ranking, evidence)
     blind = priced is ranking or (felt and seen.sensitivity is None)
+    unit = "uniform" if blind else case.weighting
     power = seen.sensitivity.mean_power if seen.sensitivity else 0.0
-    curve = weighted(priced.curve, "uniform" if blind else case.weighting, power)
+    curve = weighted(priced.curve, unit, power)
 
     def choose(size: int) -> Tensor:
         nested = ranking.order[:size]
@@ -209,6 +214,7 @@ def _candidate(case: Case, group: Group, index: int, rule: Channels) -> Candidat
         curve,
         rule.widths(group.units),
         criterion.kind,
+        _MOVES[unit],
         choose,
         lambda keep: slices(group, keep),
     )

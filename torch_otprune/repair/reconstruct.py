@@ -44,7 +44,7 @@ class Reconstruct(Repair):
 
     kind: Literal["reconstruct"] = "reconstruct"
     steps: int = Field(default=400, ge=1, description="gradient steps")
-    rate: float = Field(default=2e-3, gt=0, description="Adam's peak step size")
+    rate: float = Field(default=5e-4, gt=0, description="Adam's peak step size")
     seconds: float = Field(default=600.0, gt=0, description="no step starts after this long")
     mix: bool = Field(default=True, description="mix pairs of floating-point inputs")
     outputs: float = Field(default=1.0, ge=0, description="weight of the network's outputs")

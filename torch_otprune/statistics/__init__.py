@@ -5,6 +5,7 @@ from torch_otprune.statistics.evidence import Consumer, Evidence, gather
 from torch_otprune.statistics.moments import Moments
 from torch_otprune.statistics.observation import Observation, conclude
 from torch_otprune.statistics.recorder import Recorder, consumers, quote
+from torch_otprune.statistics.reservoir import Reservoir
 from torch_otprune.statistics.sensitivity import Sensitivity, sense
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Moments",
     "Observation",
     "Recorder",
+    "Reservoir",
     "Sensitivity",
     "check_finite",
     "collect",

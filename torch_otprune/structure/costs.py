@@ -75,8 +75,8 @@ class _Widths:
     ) -> None:
         share = _share(module, side)
         dim = _dim((channels(module, side) or 0) // share, by_group, units, share)
-        for tensor, axis in axes(module, side):
-            self.axes[f"{path}.{tensor}", axis] = dim
+        for name, axis in axes(module, side):
+            self.axes[f"{path}.{name}", axis] = dim
 
     def _note_parameter(
         self, model: nn.Module, path: str, by_group: dict[str, int], units: dict[str, int]

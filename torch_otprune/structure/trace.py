@@ -127,7 +127,7 @@ def _assemble(
         members = _members(modules, key, units, rank)
         name = _name(members)
         tied = _tied(model, members)
-        why = sorted(reasons[key] | tied)
+        why = _telling(reasons[key] | tied)
         if why:
             blocked.append(Blocked(name, tuple(m.path for m in members), "; ".join(why), _fix(why)))
         elif len(units) > 1:
@@ -145,6 +145,12 @@ def _assemble(
     last = len(rank)
     groups.sort(key=lambda g: (rank.get(g.name, last), g.members[0].index[0, 0].item()))
     return _unique(groups), blocked
+
+
+def _telling(reasons: set[str]) -> list[str]:
+    """Leave out what only follows: an op that shifts channels maps them out of range elsewhere."""
+    causes = sorted(r for r in reasons if "out of range" not in r)
+    return causes or sorted(reasons)[:1]
 
 
 def _unique(groups: list[Group]) -> list[Group]:

@@ -7,6 +7,7 @@ from torch_otprune.transport.cost import ground_cost, sqdist
 from torch_otprune.transport.couple import Coupling
 from torch_otprune.transport.couplings import coupling, coupling_points, couplings
 from torch_otprune.transport.dispatch import explain
+from torch_otprune.transport.distance import wasserstein
 from torch_otprune.transport.divergence import Divergence, divergence, divergence_report
 from torch_otprune.transport.estimate import Estimate, estimate, paired_distance
 from torch_otprune.transport.exact import assignment
@@ -62,5 +63,6 @@ __all__ = [
     "sliced_kernel",
     "soft_topk",
     "sqdist",
+    "wasserstein",
     "wasserstein_1d",
 ]

@@ -182,7 +182,8 @@ class _Gains:
         if 8 * len(rows) <= len(new):
             self._forget(rows, new)
         else:
-            self.fresh.zero_()
+            # What was taken stays out: made anew it would save nothing, like any dead candidate.
+            self.fresh = self.gain.isneginf()
             self.stale = True
         self.nearest = new
         self.gain[best] = -torch.inf

@@ -1,0 +1,100 @@
+"""A fixed number of samples out of a stream, chosen by hash: no order, batch or rank matters."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+
+from torch_otprune.statistics.reduce import all_sum_, ranks
+from torch_otprune.structure.forward import batch_size, flat_tensors, map_tensors
+
+__all__ = ["Reservoir"]
+
+
+class Reservoir:
+    """The samples whose number in the stream hashes lowest.
+
+    With several ranks, sample j of rank r counts as number `j * ranks + r`, as samplers deal
+    them; so one rank and many keep the same samples of the same data.
+
+    Args:
+        size: how many samples to keep over all ranks.
+        seed: chooses the hash.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self.seen = 0
+        self.kept: list[tuple[int, int, Any]] = []
+
+    def add(self, batch: Any) -> None:
+        """Look at the next batch of the stream.
+
+        Args:
+            batch: as the model takes it; what is kept is copied.
+        """
+        size = batch_size(batch)
+        first, world, rank = self.seen, ranks(), _rank()
+        self.seen += size
+        for row in range(size):
+            number = (first + row) * world + rank
+            mark = self._mark(number)
+            if len(self.kept) < self.size or mark < self.kept[-1][0]:
+                self.kept.append((mark, number, _row(batch, row, size)))
+                self.kept.sort(key=lambda entry: entry[:2])
+                del self.kept[self.size :]
+
+    def _mark(self, number: int) -> int:
+        return zlib.crc32(f"{self.seed}:{number}".encode())
+
+    def batches(self) -> list[Any]:
+        """Hand the samples out, in the order of the stream, batched where shapes agree.
+
+        Returns:
+            this rank's share of what all ranks together keep.
+        """
+        limit = self._limit()
+        mine = sorted((e for e in self.kept if e[0] <= limit), key=lambda entry: entry[1])
+        groups: dict[Any, list[Any]] = {}
+        for _, _, sample in mine:
+            groups.setdefault(_shape(sample), []).append(sample)
+        return [_stack(samples) for samples in groups.values()]
+
+    def _limit(self) -> float:
+        """Find the highest mark that all ranks together still keep."""
+        marks = torch.zeros(ranks(), self.size, dtype=torch.float64)
+        mine = torch.tensor([float(mark) + 1 for mark, _, _ in self.kept], dtype=torch.float64)
+        marks[_rank(), : len(mine)] = mine
+        all_sum_([marks])
+        every = marks[marks > 0].sort().values[: self.size]
+        return float(every[-1]) - 1 if len(every) else 0.0
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if ranks() > 1 else 0
+
+
+def _row(batch: Any, row: int, size: int) -> Any:
+    return map_tensors(
+        batch, lambda t: t[row : row + 1].clone() if t.dim() and len(t) == size else t
+    )
+
+
+def _shape(sample: Any) -> Any:
+    return tuple((tuple(t.shape), t.dtype) for t in flat_tensors(sample))
+
+
+def _stack(samples: list[Any]) -> Any:
+    """Put single samples side by side again; tensors without a batch axis are taken once."""
+    columns = [flat_tensors(sample) for sample in samples]
+    index = iter(range(len(columns[0])))
+
+    def join(tensor: torch.Tensor) -> torch.Tensor:
+        i = next(index)
+        if not tensor.dim() or len(tensor) != 1:
+            return tensor
+        return torch.cat([column[i] for column in columns])
+
+    return map_tensors(samples[0], join)
