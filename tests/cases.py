@@ -309,17 +309,6 @@ def plain() -> nn.Module:
     )
 
 
-def _stack(*layers: nn.Module) -> Callable[[], nn.Module]:
-    """Defer a list of layers, reinitialised at every call."""
-    return lambda: nn.Sequential(*(_fresh(layer) for layer in layers))
-
-
-def _fresh(layer: nn.Module) -> nn.Module:
-    if hasattr(layer, "reset_parameters"):
-        layer.reset_parameters()
-    return layer
-
-
 def _depthwise() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
@@ -397,6 +386,19 @@ def _conv1d() -> nn.Module:
     )
 
 
+def _conv3d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv3d(2, 6, 3, padding=1, bias=False),
+        nn.BatchNorm3d(6),
+        nn.ReLU(),
+        nn.Conv3d(6, 5, 2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(5, 4),
+    )
+
+
 def _bare() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1, bias=False, padding_mode="circular"),
@@ -429,6 +431,7 @@ CASES: dict[str, Case] = {
     "group_norm": Case(_group_norm, IMAGE, blocked=True),
     "squeeze_excite": Case(SqueezeExcite, IMAGE),
     "conv1d": Case(_conv1d, (3, 16)),
+    "conv3d": Case(_conv3d, (2, 4, 4, 4)),
     "transposed": Case(AutoEncoder, IMAGE),
     "flatten": Case(_flatten, IMAGE),
     "branches": Case(Branches, IMAGE),

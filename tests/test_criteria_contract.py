@@ -215,9 +215,7 @@ def evidence(signals: Tensor, weight: Tensor, producers: Tensor | None = None) -
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     """Draw normal numbers."""
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_dropping_everything_costs_what_the_units_write() -> None:

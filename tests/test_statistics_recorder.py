@@ -52,7 +52,9 @@ def test_the_split_into_batches_does_not_matter(name: str) -> None:
     case, model = CASES[name], CASES[name].model()
     paths = consumers(trace(model, case.batch()))
     x = CASES[name].batch(24)
-    pieces = {k: _pieces(x, sizes) for k, sizes in {"a": [24], "b": [8, 8, 8], "c": [1, 23]}.items()}
+    pieces = {
+        k: _pieces(x, sizes) for k, sizes in {"a": [24], "b": [8, 8, 8], "c": [1, 23]}.items()
+    }
     if name == "pair":  # its second input is the first one reversed: pieces of both
         assert all(len(p) for p in pieces.values())
     first, *others = (recorded(model, paths, batches) for batches in pieces.values())
@@ -100,7 +102,7 @@ def test_positions_of_a_convolution_are_sampled_alike_for_every_image() -> None:
     with torch.no_grad():
         model(x)
         recorder.remove()
-        design = rows(model[3], model[:3](x), recorder.at["3"])
+        design = rows(model[3], model[:3](x), recorder.at["3", 9])
     torch.testing.assert_close(moments.product, design.T @ design)
 
 
@@ -114,11 +116,28 @@ def test_nan_inside_the_model_is_blamed_on_the_first_layer_that_sees_it() -> Non
     assert "(4, 8, 3, 3)" in error.value.where
 
 
-def test_only_layers_that_can_be_laid_out_are_observed() -> None:
-    model = CASES["transposed"].model()
-    paths = consumers(trace(model, CASES["transposed"].batch()))
-    seen = recorded(model, paths, [CASES["transposed"].batch()])
-    assert set(seen) == {p for p in paths if supported(model.get_submodule(p))}
+@pytest.mark.parametrize(("name", "path"), [("transposed", "up1"), ("conv3d", "3")])
+def test_a_layer_that_is_not_unfolded_is_seen_by_channels(name: str, path: str) -> None:
+    model, batch = CASES[name].model(), CASES[name].batch()
+    assert not supported(model.get_submodule(path))
+    moments = recorded(model, consumers(trace(model, batch)), [batch])[path]
+    inputs: list[Tensor] = []
+    model.get_submodule(path).register_forward_pre_hook(lambda m, x: inputs.append(x[0]))
+    with torch.no_grad():
+        model(batch)
+    flat = inputs[0].movedim(1, -1).flatten(0, -2)
+    if len(flat) == moments.count:
+        torch.testing.assert_close(moments.product, flat.T @ flat)
+    assert len(moments.total) == inputs[0].shape[1]
+
+
+def test_half_precision_does_not_overflow_in_the_check() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).to(torch.bfloat16)
+    big = torch.full((8, 4), 3e38, dtype=torch.bfloat16)
+    recorder = Recorder(model, ("1",), samples=8, rows_per_column=1, seed=0)
+    recorder.see("1", model[1], big.to(torch.bfloat16) / 1e30)
+    recorder.see("1", model[1], torch.full((8, 4), 6e4).half())
+    assert recorder.moments["1"].count == 16
 
 
 def test_sensitivity_leaves_the_model_as_it_was() -> None:
@@ -134,9 +153,7 @@ def test_sensitivity_leaves_the_model_as_it_was() -> None:
 def test_sensitivity_does_not_depend_on_the_split_into_batches(name: str) -> None:
     model, x = CASES[name].model(), CASES[name].batch(20)
     centres = dict.fromkeys(consumers(trace(model, x)))
-    found = [
-        sense(model, centres, _pieces(x, sizes), draws=2, seed=0) for sizes in ([20], [3, 17])
-    ]
+    found = [sense(model, centres, _pieces(x, sizes), draws=2, seed=0) for sizes in ([20], [3, 17])]
     assert found[0].samples == found[1].samples == 20
     torch.testing.assert_close(found[0].power, found[1].power)
     assert set(found[0].inputs) == set(found[1].inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -214,14 +214,25 @@ class Attached:
         self.graph = trace(self.model, self._example)
         if "moments" not in self._needs:
             return
-        _log.info("statistics will take %.1f MB", self.bytes / 1e6)
         calibration = self.policy.calibration
+        _log.info("statistics will take %.1f MiB", self.bytes / 2**20)
+        if self.bytes > calibration.memory * 2**30:
+            self._refuse(consumers(self.graph))
         self._recorder = Recorder(
             self.model,
             consumers(self.graph),
             samples=calibration.samples,
             rows_per_column=calibration.rows_per_dim,
             seed=self.policy.seed,
+        )
+
+    def _refuse(self, paths: Sequence[str]) -> None:
+        widest = sorted(paths, key=lambda path: -quote(self.model, [path]))[:3]
+        sizes = [f"'{path}' {quote(self.model, [path]) / 2**30:.1f} GiB" for path in widest]
+        raise CalibrationError(
+            f"the statistics would take {self.bytes / 2**30:.1f} GiB.",
+            where=f"Calibration.memory = {self.policy.calibration.memory:g}; {', '.join(sizes)}",
+            fix="raise Calibration.memory, or ignore the layers that feed the widest ones.",
         )
 
     def see(self, batch: Call) -> None:

@@ -13,7 +13,7 @@ from torch_otprune.plan import Cut, Plan
 from torch_otprune.policy import Policy
 from torch_otprune.repair import Note, Patient, Repair
 from torch_otprune.report import Report
-from torch_otprune.statistics import collect
+from torch_otprune.statistics import collect, rebatched
 from torch_otprune.store import forget, remember
 from torch_otprune.structure import Graph, trace
 from torch_otprune.surgery import Snapshot, check_plan, cut_
@@ -49,9 +49,7 @@ def prune_(
     return apply_(model, plan, batches, progress=progress)
 
 
-def apply_(
-    model: nn.Module, plan: Plan, data: Data | None = None, *, progress: Progress = quiet
-) -> Report:
+def apply_(model: nn.Module, plan: Plan, data: Data, *, progress: Progress = quiet) -> Report:
     """Carry out a plan in place, all or nothing, then prove what it did.
 
     Args:
@@ -67,7 +65,7 @@ def apply_(
         OTPruneError: with the model as it was.
     """
     check_plan(model, plan)
-    batches = collect(model, data if data is not None else (), plan.policy.calibration.samples)
+    batches = rebatched(collect(model, data, plan.policy.calibration.samples))
     watch = Stopwatch(progress)
     snapshot, dense = Snapshot(model), copy.deepcopy(model)
     try:
@@ -123,6 +121,8 @@ def repair_(
     notes: list[Note] = []
     for repair, cuts in asked.items():
         if cuts:
-            patient = Patient(dense, model, graph, plan.cuts, batches, plan.policy.seed, progress)
+            patient = Patient(
+                dense, model, graph, cuts, plan.cuts, batches, plan.policy.seed, progress
+            )
             notes += repair.apply_(patient)
     return notes

@@ -20,7 +20,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(help="The dense model, as package.module:factory.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="The dense model, as package.module:factory.")
+]
 Data = Annotated[
     str, typer.Option("--data", "-d", help="Batches without labels, as package.module:loader.")
 ]
@@ -117,7 +119,9 @@ def apply(  # noqa: PLR0917 (the shell names them)
 
 @app.command()
 def verify(
-    directory: Annotated[Path, typer.Argument(help="What `apply` or otp.save wrote.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What `apply` or otp.save wrote.")
+    ],
     factory: Annotated[
         str, typer.Option("--factory", "-f", help="Builds the dense model: package.module:factory.")
     ],

@@ -15,10 +15,10 @@ from torch_otprune.attach import attach, observe
 from torch_otprune.cli import names
 from torch_otprune.cli.files import check_directory, check_file, read_plan, write
 from torch_otprune.cli.screen import Bars, Screen
-from torch_otprune.errors import OTPruneError, StructureError, VerificationError
+from torch_otprune.errors import OTPruneError, PolicyError, StructureError, VerificationError
 from torch_otprune.pipeline import apply_
 from torch_otprune.plan import Plan
-from torch_otprune.policy import Policy
+from torch_otprune.policy import Policy, policy_of
 from torch_otprune.report import agreement, count_macs, count_params
 from torch_otprune.statistics import collect
 from torch_otprune.store import load, plan_of, save
@@ -51,7 +51,7 @@ def diagnose(show: Screen, model: str, example: str) -> None:
         raise StructureError(
             "nothing could be pruned: no group of channels can be cut.",
             where=f"MODEL {model}",
-            fix="make one of the changes that the diagnosis names.",
+            fix="change the model as the diagnosis says, or prune another one.",
         )
 
 
@@ -105,6 +105,12 @@ def make_plan(
 
 
 def _decide(net: nn.Module, policy: Policy | None, data: Any, bars: Bars) -> tuple[Plan, list[Any]]:
+    if policy is None and policy_of(net) is None:
+        raise PolicyError(
+            f"there is no policy for this {type(net).__name__}.",
+            where="--policy",
+            fix="pass a YAML file, or declare a policy with @otp.prunable on the class.",
+        )
     with attach(net, policy) as attached:
         bars("load", 0, 1)
         batches = collect(net, data, attached.policy.calibration.samples)
@@ -273,7 +279,7 @@ def run_demo(show: Screen, out: Path, *, seed: int, quick: bool) -> None:
         outcome = demo.run(out, seed=seed, quick=quick, progress=bars)
     _show_plan(show, outcome.report.plan)
     show.text("", str(outcome.report), "")
-    show.table(("", "accuracy", "MACs"), outcome.rows(), numbers=(1, 2))
+    show.table(("network", "test accuracy", "MACs"), outcome.rows(), numbers=(1, 2))
     show.text(*(f"- {sentence}" for sentence in outcome.verdicts()))
     show.text("", f"open {out / 'report.html'}")
     show.data(outcome.to_json())

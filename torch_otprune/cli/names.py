@@ -6,7 +6,7 @@ import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -70,7 +70,20 @@ def data(name: str, option: str = "--data") -> Iterable[Any]:
             where=f"{option} {name}",
             fix="return a list of batches, or a torch.utils.data.DataLoader.",
         )
-    return batches  # type: ignore[no-any-return]
+    return _Batches(batches, f"{option} {name}")
+
+
+class _Batches:
+    """The user's batches, whose failures are told in three lines."""
+
+    def __init__(self, source: Iterable[Any], where: str) -> None:
+        self.source, self.where = source, where
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.source
+        except Exception as error:  # the user's loader may raise anything
+            raise _failed("reading the data", self.where, error) from error
 
 
 def _is_batches(value: object) -> bool:
@@ -182,7 +195,7 @@ def _failed(deed: str, where: str, error: BaseException) -> OTPruneError:
     return OTPruneError(
         f"{deed} fails: {type(error).__name__}{': ' if text else ''}{text.rstrip('.')}.",
         where=f"{where}, {place}" if place else where,
-        fix="correct it; it must work without arguments, in a fresh process.",
+        fix="correct it; it must work in a fresh process, without arguments.",
     )
 
 

@@ -116,17 +116,17 @@ class Screen:
         """
         from rich.progress import Progress
 
-        with Progress(console=_console(sys.stderr), transient=True, redirect_stdout=False) as shown:
-            yield Bars(shown)
+        console = _console(sys.stderr)
+        quiet = not console.is_terminal  # a log needs no bars, and no line breaks in their place
+        with Progress(console=console, transient=True, redirect_stdout=False, disable=quiet) as on:
+            yield Bars(on)
 
 
 def _console(stream: TextIO) -> Console:
     from rich.console import Console
 
-    console = Console(file=stream, markup=False, highlight=False, emoji=False)
-    return console if console.is_terminal else Console(
-        file=stream, width=_WIDTH, markup=False, highlight=False, emoji=False
-    )  # fmt: skip
+    width = None if stream.isatty() else _WIDTH
+    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
 
 
 class Bars:

@@ -225,6 +225,9 @@ class Calibration(Declaration):
         default=64,
         description="samples on which the output's sensitivity to each layer is measured",
     )
+    memory: float = Field(
+        default=4.0, gt=0, description="GiB that the statistics may take; more is an error"
+    )
 
 
 _CALIBRATION = Calibration()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,7 @@ from torch_otprune.repair.lockstep import Pause, Site
 from torch_otprune.statistics.patches import output_rows, supported
 from torch_otprune.structure.graph import Graph
 from torch_otprune.structure.layers import BatchNorm, channels
+from torch_otprune.surgery.cut import merged
 
 __all__ = ["Note", "Patient", "Repair", "register"]
 
@@ -56,7 +59,8 @@ class Patient:
         dense: the original; never written.
         small: the cut model, to be written through `surgery.put_` only.
         graph: the original's analysis.
-        cuts: what was cut and is to be repaired.
+        cuts: what is to be repaired.
+        every: all that was cut.
         batches: calibration batches; may be empty for repairs that need none.
         seed: the policy's seed.
         progress: told the stage, the steps done and the steps in all.
@@ -66,22 +70,34 @@ class Patient:
     small: nn.Module
     graph: Graph
     cuts: Sequence[Cut]
+    every: Sequence[Cut]
     batches: Sequence[Any]
     seed: int = 0
     progress: Callable[[str, int, int], None] = field(default=_quiet)
 
+    @cached_property
+    def _left(self) -> dict[str, Tensor]:
+        pieces = (p for p in merged(self.every) if p.side != "in")
+        return {piece.path: torch.tensor(piece.keep) for piece in pieces}
+
+    @cached_property
+    def _shared(self) -> frozenset[str]:
+        """List the modules that hold a tensor of another one: whoever writes it unties them."""
+        owners: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in self.small.named_parameters(remove_duplicate=False):
+            owners[id(parameter)].append(name.rpartition(".")[0])
+        return frozenset(name for names in owners.values() if len(names) > 1 for name in names)
+
     def kept(self, path: str) -> Tensor | None:
         """List the output channels that a layer kept; None where all did."""
-        for piece in (piece for cut in self.cuts for piece in cut.slices):
-            if piece.path == path and piece.side in ("out", "through"):
-                return torch.tensor(piece.keep)
-        return None
+        return self._left.get(path)
 
     def norm_behind(self, path: str) -> nn.Module | None:
         """Find the batch-norm that directly follows a layer in the cut model."""
         tail = self.graph.tails.get(path)
         names = tail.modules if tail is not None else ()
-        norms = [self.small.get_submodule(name) for name in names]
+        own = (n for n in names if n not in self.graph.repeated and n not in self._shared)
+        norms = [self.small.get_submodule(name) for name in own]
         return next(
             (n for n in norms if isinstance(n, BatchNorm) and n.running_mean is not None), None
         )
@@ -100,6 +116,8 @@ class Patient:
         module = self.small.get_submodule(path)
         if path in self.graph.repeated:
             return "runs more than once per forward pass"
+        if path in self._shared:
+            return "shares a tensor with another layer"
         if not supported(module) or path not in self.graph.tails:
             return f"a {type(module).__name__} is not refitted"
         return ""

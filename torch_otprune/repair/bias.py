@@ -58,10 +58,10 @@ class _Shift:
 
     def mend(self, site: Site, pauses: list[tuple[Pause, Pause]]) -> None:
         module = self.patient.small.get_submodule(site.path)
-        x = pauses[0][1].inputs
-        at = pick(positions(module, x), 64, site.path, self.patient.seed)
-        sums = torch.zeros(4, self.patient.width(site.path), dtype=torch.float64, device=x.device)
+        device = pauses[0][1].inputs.device
+        sums = torch.zeros(4, self.patient.width(site.path), dtype=torch.float64, device=device)
         for dense, small in pauses:
+            at = pick(positions(module, small.inputs), 64, site.path, self.patient.seed)
             target = self.patient.target(site, dense, small, at, drift=True)
             off = target - output_rows(module, module.forward(small.inputs), at).double()
             sums += torch.stack(

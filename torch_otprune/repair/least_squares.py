@@ -20,6 +20,8 @@ from torch_otprune.surgery.cut import put_
 
 __all__ = ["LeastSquares"]
 
+_HELD = 8  # one sample in this many is held out
+
 
 @register
 class LeastSquares(Repair):
@@ -111,21 +113,24 @@ class _Refit:
     def _normal(
         self, module: nn.Module, site: Site, pauses: list[tuple[Pause, Pause]], offset: bool
     ) -> tuple[Normal, Normal]:
-        x = pauses[0][1].inputs
+        device = pauses[0][1].inputs.device
         samples = sum(len(small.inputs) for _, small in pauses)
-        wanted = ceil(self.setting.rows_per_column * columns(module) / samples)
-        at = pick(positions(module, x), max(wanted, 16), site.path, self.patient.seed + 1)
-        out = self.patient.width(site.path)
+        wanted = max(ceil(self.setting.rows_per_column * columns(module) / samples), 16)
+        out, first = self.patient.width(site.path), 0
         width = columns(module) + offset
-        fit, held = Normal.empty(width, out, x.device), Normal.empty(width, out, x.device)
+        fit, held = Normal.empty(width, out, device), Normal.empty(width, out, device)
         for dense, small in pauses:
+            total = positions(module, small.inputs)
+            at = pick(total, wanted, site.path, self.patient.seed + 1)
             design = rows(module, small.inputs, at).double()
             if offset:
                 design = torch.cat([design, design.new_ones(len(design), 1)], dim=1)
             target = self.patient.target(site, dense, small, at, drift=self.setting.drift)
             # whole samples are held out: rows of one image resemble each other
-            owner = torch.arange(len(design), device=design.device) // len(at)
-            last = owner % 8 == 7
+            owner = first + torch.arange(len(design), device=device) // len(at)
+            first += len(small.inputs)
+            step = min(_HELD, max(samples, 2))
+            last = owner % step == step - 1
             fit.update(design[~last], target[~last])
             held.update(design[last], target[last])
         all_sum_([t for n in (fit, held) for t in (n.gram, n.cross, n.power)])

@@ -67,7 +67,7 @@ class Lockstep:
         dense: the reference.
         small: the model being mended.
         batches: calibration batches.
-        sites: layers to stop at, in order of execution; each runs once per forward pass.
+        sites: layers to stop at; each runs once per forward pass.
     """
 
     def __init__(
@@ -108,9 +108,11 @@ class Lockstep:
         Returns:
             the outputs of both models for every batch.
         """
-        for site in self.sites:
+        by_path = {site.path: site for site in self.sites}
+        for _ in self.sites:
+            # The model says where it stopped: a shortcut that runs first may be added last.
             pauses = [(dense.advance(), small.advance()) for dense, small in self.walkers]
-            mend(site, pauses)
+            mend(by_path[pauses[0][1].path], pauses)
         for pair in self.walkers:
             for walker in pair:
                 walker.advance()
@@ -162,6 +164,7 @@ class _Walker:
             if not self.left:
                 with torch.no_grad(), _Additions(self):
                     self.cast.here.walker = self
+                    self.cast.here.noted, self.cast.here.expected = {}, {}
                     self.result = run(self.cast.model, self.batch)
         except _Abandoned:
             pass  # the conductor gave up and has its own error to raise
@@ -232,12 +235,12 @@ class _StopAfter(_Hook):
 
 class _Note(_Hook):
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
-        self.cast.here.noted = (inputs[0], out)
+        self.cast.here.noted[self.site.path] = (inputs[0], out)
 
 
 class _Expect(_Hook):
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
-        self.cast.here.expected = (out, self.site)
+        self.cast.here.expected[self.site.path] = (out, self.site)
 
 
 class _Additions(TorchFunctionMode):
@@ -250,22 +253,24 @@ class _Additions(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        expected = getattr(self.walker.cast.here, "expected", None)
-        if expected is not None and function in ADDITIONS:
-            args = self._meet(args, *expected)
+        if function in ADDITIONS:
+            for out, site in list(self.walker.cast.here.expected.values()):
+                args = self._meet(args, out, site)
         return function(*args, **(kwargs or {}))
 
     def _meet(self, args: Any, out: Tensor, site: Site) -> Any:
+        """Stop at one operand; the other may be a site of its own, such as a shortcut's."""
         place = next((i for i, a in enumerate(args[:2]) if a is out), None)
         if place is None:
             return args
         cast = self.walker.cast
-        inputs, before = cast.here.noted
-        cast.here.expected = cast.here.noted = None
-        stream = args[1 - place]
-        self.walker.stop(
-            Pause(site.path, inputs, before, stream if isinstance(stream, Tensor) else None)
-        )
+        inputs, before = cast.here.noted.pop(site.path)
+        del cast.here.expected[site.path]
+        other = args[1 - place]
+        # A shortcut that is mended next is no stream to make up for yet.
+        waits = any(other is later for later, _ in cast.here.expected.values())
+        stream = other if isinstance(other, Tensor) and not waits else None
+        self.walker.stop(Pause(site.path, inputs, before, stream))
         if not cast.wait:
             return args
         return tuple(cast.again(site, inputs) if i == place else a for i, a in enumerate(args))

@@ -33,20 +33,19 @@ class Reconstruct(Repair):
     all cut blocks' outputs, and of the network's outputs, from the dense ones; each distance is
     relative to the dense signal's power, so that all blocks count alike. Inputs of a block come
     from the cut prefix, so that later blocks correct earlier ones. Batch-norms keep their
-    statistics. On small data sets, mixing pairs of samples makes more of them.
+    statistics.
 
     Limits: can fit the calibration samples too well; a held-out part decides whether the result
     is kept. Nothing here sees a label.
 
     Source: block-wise reconstruction as in Li et al. 2021 (BRECQ), section 3.2; all blocks at
-    once and mixing are ours.
+    once, by shares of their power, are ours.
     """
 
     kind: Literal["reconstruct"] = "reconstruct"
     steps: int = Field(default=400, ge=1, description="gradient steps")
     rate: float = Field(default=5e-4, gt=0, description="Adam's peak step size")
     seconds: float = Field(default=600.0, gt=0, description="no step starts after this long")
-    mix: bool = Field(default=True, description="mix pairs of floating-point inputs")
     outputs: float = Field(default=1.0, ge=0, description="weight of the network's outputs")
     least_squares: LeastSquares | None = Field(
         default=LeastSquares(), description="the refit to start from; null starts from the cut"
@@ -137,13 +136,14 @@ def _descend(setting: Reconstruct, patient: Patient, batches: Sequence[Any]) -> 
     paths = blocks(dense, patient.cuts)
     generator = torch.Generator().manual_seed(patient.seed)
     live = [p for p in small.parameters() if p.is_floating_point()]
-    flags = [(p, p.requires_grad) for p in live]
+    before = [(p, p.requires_grad, p.grad) for p in live]
     optimiser = torch.optim.Adam(live, lr=setting.rate)
     deadline = time.monotonic() + setting.seconds
     done = 0
     try:
         for p in live:
             p.requires_grad_(True)
+            p.grad = None
         with (
             evaluating(dense),
             evaluating(small),
@@ -154,7 +154,7 @@ def _descend(setting: Reconstruct, patient: Patient, batches: Sequence[Any]) -> 
             while done < setting.steps and time.monotonic() < deadline:
                 for group in optimiser.param_groups:
                     group["lr"] = setting.rate * 0.5 * (1 + cos(pi * done / setting.steps))
-                batch = _draw(batches, generator, mix=setting.mix)
+                batch = _draw(batches, generator)
                 with torch.no_grad():
                     goal = teacher.run(batch)
                 loss = _loss(goal, pupil.run(batch), setting.outputs)
@@ -164,31 +164,16 @@ def _descend(setting: Reconstruct, patient: Patient, batches: Sequence[Any]) -> 
                 done += 1
                 patient.progress("reconstruct", done, setting.steps)
     finally:
-        for p, flag in flags:
+        for p, flag, gradient in before:
             p.requires_grad_(flag)
-            p.grad = None
+            p.grad = gradient
     return done
 
 
-def _draw(batches: Sequence[Any], generator: torch.Generator, *, mix: bool) -> Any:
-    """Draw samples of one batch, and mix each with another where inputs are real numbers."""
+def _draw(batches: Sequence[Any], generator: torch.Generator) -> Any:
+    """Draw samples of one batch."""
     batch = batches[int(torch.randint(len(batches), (1,), generator=generator))]
-    size = batch_size(batch)
-    at = torch.randperm(size, generator=generator)[:_SLICE]
-    chosen = _rows(batch, at)
-    if not mix or not all(t.is_floating_point() for t in flat_tensors(chosen)) or len(at) < 2:
-        return chosen
-    other = _rows(batch, at.roll(1))
-    share = torch.rand(len(at), generator=generator)
-    pairs = iter(flat_tensors(other))
-    return map_tensors(chosen, lambda t: _mixed(t, next(pairs), share))
-
-
-def _mixed(one: Tensor, two: Tensor, share: Tensor) -> Tensor:
-    if not one.dim() or len(one) != len(share):
-        return one
-    weight = share.to(one).view(-1, *[1] * (one.dim() - 1)).clamp_min(0.5)
-    return weight * one + (1 - weight) * two
+    return _rows(batch, torch.randperm(batch_size(batch), generator=generator)[:_SLICE])
 
 
 def _loss(

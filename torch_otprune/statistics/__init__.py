@@ -1,6 +1,6 @@
 """Calibration batches in, statistics of a fixed size out."""
 
-from torch_otprune.statistics.data import check_finite, collect
+from torch_otprune.statistics.data import check_finite, collect, rebatched
 from torch_otprune.statistics.evidence import Consumer, Evidence, gather
 from torch_otprune.statistics.moments import Moments
 from torch_otprune.statistics.observation import Observation, conclude
@@ -22,5 +22,6 @@ __all__ = [
     "consumers",
     "gather",
     "quote",
+    "rebatched",
     "sense",
 ]

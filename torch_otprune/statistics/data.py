@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_otprune.errors import CalibrationError
-from torch_otprune.structure.forward import Call, batch_size, flat_tensors, head
+from torch_otprune.structure.forward import Call, batch_size, flat_tensors, head, joined, make
 
-__all__ = ["check_finite", "collect"]
+__all__ = ["check_finite", "collect", "rebatched"]
+
+_BATCH = 64
 
 
 def collect(
@@ -49,6 +51,27 @@ def collect(
             fix="pass a list or a DataLoader with batches; an iterator is spent after one pass.",
         )
     return batches
+
+
+def rebatched(batches: Sequence[Any], size: int = _BATCH) -> list[Any]:
+    """Join small neighbouring batches, so that the number of batches stays small.
+
+    Args:
+        batches: in order.
+        size: samples wanted per batch.
+
+    Returns:
+        the same samples in the same order.
+    """
+    found: list[list[Any]] = []
+    for batch in batches:
+        last = found[-1] if found else []
+        room = bool(last) and sum(map(batch_size, last)) + batch_size(batch) <= size
+        if room and make(last[0]) == make(batch):
+            last.append(batch)
+        else:
+            found.append([batch])
+    return [joined(group) if len(group) > 1 else group[0] for group in found]
 
 
 def check_finite(batch: Any, index: int) -> None:

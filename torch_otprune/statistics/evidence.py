@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from torch_otprune.statistics.moments import Moments
-from torch_otprune.statistics.patches import full_weight
+from torch_otprune.statistics.patches import full_weight, supported, taps
 from torch_otprune.statistics.sensitivity import Sensitivity
 from torch_otprune.structure.graph import Graph, Group, Member
-from torch_otprune.structure.layers import BatchNorm, kernel
+from torch_otprune.structure.layers import BatchNorm, Conv, kernel
 
 __all__ = ["Consumer", "Evidence", "gather"]
 
@@ -24,7 +25,8 @@ class Consumer:
     Args:
         path: the layer.
         weight: its weight on the group, by unit and tap; a tap is one kernel position of one
-            of the unit's channels.
+            of the unit's channels. Where the layer is not unfolded, a tap is a channel and
+            each kernel position an output of its own.
         second: averaged products of what it reads; None without data. About the mean where a
             bias can absorb the mean.
         absorbs: whether a bias or batch-norm behind it absorbs a constant.
@@ -117,7 +119,6 @@ def _consumer(
     sensitivity: Sensitivity | None,
 ) -> Consumer:
     module = model.get_submodule(member.path)
-    at = _unit_columns(member, kernel(module))
     tail = graph.tails.get(member.path)
     absorbs = getattr(module, "bias", None) is not None or (
         tail is not None
@@ -125,13 +126,24 @@ def _consumer(
     )
     second = None
     if member.path in moments:
+        at = _unit_columns(member, taps(module))
         chosen = moments[member.path].second(centred=absorbs).cpu()[at.flatten()][:, at.flatten()]
         second = chosen.view(*at.shape, *at.shape)
-    weight = full_weight(module).cpu()
+    weight = full_weight(module).cpu()[:, _unit_columns(member, kernel(module))]
     feel = torch.ones(len(weight), dtype=torch.float64)
     if sensitivity is not None and (found := sensitivity.feel(member.path)) is not None:
         feel = found.cpu()
-    return Consumer(member.path, weight[:, at], second, absorbs, feel)
+    if not supported(module):
+        weight, feel = _untapped(module, weight, feel)
+    return Consumer(member.path, weight, second, absorbs, feel)
+
+
+def _untapped(module: nn.Module, weight: Tensor, feel: Tensor) -> tuple[Tensor, Tensor]:
+    """Treat the taps of a layer that is not unfolded as outputs of their own, uncorrelated."""
+    count = kernel(module)
+    weight = weight.unflatten(2, (-1, count)).permute(0, 3, 1, 2).flatten(0, 1)
+    each = prod(module.stride) if isinstance(module, Conv) and module.transposed else 1
+    return weight, feel.repeat_interleave(count) / each  # inputs are fewer than outputs
 
 
 def _producers(model: nn.Module, group: Group) -> Tensor:
@@ -156,7 +168,11 @@ def _scales(model: nn.Module, group: Group) -> Tensor | None:
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:
-    return dict(model.named_modules()).get(path)
+    """Find a member's module; None for a bare parameter."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _taylor(group: Group, sensitivity: Sensitivity | None) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.statistics.moments import Moments
-from torch_otprune.statistics.patches import full_weight
+from torch_otprune.statistics.patches import full_weight, supported
 from torch_otprune.statistics.recorder import Recorder
 from torch_otprune.statistics.reduce import all_sum_
 from torch_otprune.statistics.sensitivity import Sensitivity, sense
@@ -92,9 +92,9 @@ def conclude(
 
 def _centre(model: nn.Module, path: str, moments: Mapping[str, Moments]) -> Tensor | None:
     """Compute a layer's mean output from its mean input."""
-    if path not in moments:
-        return None
     module = model.get_submodule(path)
+    if path not in moments or not supported(module):
+        return None
     mean = full_weight(module) @ moments[path].mean
     bias = getattr(module, "bias", None)
     return mean if bias is None else mean + bias.detach().double()

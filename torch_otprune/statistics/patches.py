@@ -11,27 +11,43 @@ from torch import Tensor, nn
 
 from torch_otprune.structure.layers import Conv, channels, kernel, tensor
 
-__all__ = ["columns", "full_weight", "output_rows", "pick", "positions", "rows", "supported"]
+__all__ = [
+    "columns",
+    "full_weight",
+    "output_rows",
+    "pick",
+    "positions",
+    "rows",
+    "supported",
+    "taps",
+]
 
 _Axis = tuple[int, int, int, tuple[int, int], int]
 
 
 def columns(module: nn.Module) -> int:
-    """Count the columns of a layer's design matrix: input channels times taps."""
-    return (channels(module, "in") or 0) * kernel(module)
+    """Count the columns of a layer's design matrix: input channels times taps laid out."""
+    return (channels(module, "in") or 0) * taps(module)
+
+
+def taps(module: nn.Module) -> int:
+    """Count the columns of one channel: the kernel's size, 1 for a layer that is not unfolded."""
+    return kernel(module) if supported(module) else 1
 
 
 def supported(module: nn.Module) -> bool:
-    """Tell whether a layer's input can be laid out in rows: dense, or a 1-D or 2-D convolution."""
+    """Tell whether a layer's input can be unfolded: dense, or a 1-D or 2-D convolution."""
     if isinstance(module, nn.Linear):
         return True
     return isinstance(module, (nn.Conv1d, nn.Conv2d)) and not module.transposed
 
 
 def positions(module: nn.Module, x: Tensor) -> int:
-    """Count a layer's output positions per sample for an input."""
+    """Count a layer's output positions per sample; input positions where it is not unfolded."""
     if isinstance(module, nn.Linear):
         return x[0].numel() // x.shape[-1]
+    if not supported(module):
+        return x[0, 0].numel()
     total = 1
     for size, k, s, p, d in _geometry(module, x):
         total *= (size + sum(p) - d * (k - 1) - 1) // s + 1
@@ -69,13 +85,17 @@ def rows(module: nn.Module, x: Tensor, at: Tensor) -> Float[Tensor, "rows column
     """Lay a layer's input out as rows, channel by channel, tap by tap.
 
     Args:
-        module: dense layer, or 1-D or 2-D convolution of any stride, padding and dilation.
+        module: dense layer, or 1-D or 2-D convolution of any stride, padding and dilation; of
+            any other convolution the channels are taken as they come.
         x: its input.
-        at: output positions to take of every sample.
+        at: positions to take of every sample, of the output where it is unfolded.
 
     Returns:
-        `samples * len(at)` rows; the layer's output there is `rows @ full_weight.T + bias`.
+        `samples * len(at)` rows; the output of a layer that is unfolded is there
+        `rows @ full_weight.T + bias`.
     """
+    if not supported(module):
+        return output_rows(module, x, at)
     at = at.to(x.device)
     if isinstance(module, nn.Linear):
         return x.reshape(len(x), -1, x.shape[-1])[:, at].flatten(0, 1)

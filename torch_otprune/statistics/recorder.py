@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torch_otprune.errors import CalibrationError
 from torch_otprune.statistics.moments import Moments
-from torch_otprune.statistics.patches import columns, pick, positions, rows, supported
+from torch_otprune.statistics.patches import columns, pick, positions, rows
 from torch_otprune.structure.graph import Graph
 
 __all__ = ["Recorder", "consumers", "quote"]
@@ -45,7 +45,7 @@ def quote(model: nn.Module, paths: Iterable[str]) -> int:
         bytes, whatever the number of samples.
     """
     modules = (model.get_submodule(path) for path in paths)
-    return sum(Moments.bytes(columns(m)) for m in modules if supported(m))
+    return sum(Moments.bytes(columns(m)) for m in modules)
 
 
 class Recorder:
@@ -71,7 +71,7 @@ class Recorder:
         self.samples, self.rows_per_column, self.seed = samples, rows_per_column, seed
         self.active = True
         self.moments: dict[str, Moments] = {}
-        self.at: dict[str, Tensor] = {}
+        self.at: dict[tuple[str, int], Tensor] = {}
         self.handles = [
             model.get_submodule(path).register_forward_pre_hook(_See(self, path)) for path in paths
         ]
@@ -94,9 +94,10 @@ class Recorder:
         Raises:
             CalibrationError: if the input is not finite.
         """
-        if not self.active or not supported(module):
+        if not self.active:
             return
-        if not bool(torch.isfinite(x.sum())):
+        # half precision would overflow in the sum of finite numbers
+        if not bool(torch.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)))):
             raise CalibrationError(
                 f"the input of '{path}' holds NaN or infinity.",
                 where=f"first seen at '{path}', a {tuple(x.shape)} tensor",
@@ -104,14 +105,16 @@ class Recorder:
             )
         if path not in self.moments:
             self.moments[path] = Moments.empty(columns(module), x.device)
-            self.at[path] = self._positions(path, module, x)
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
-        self.moments[path].update(rows(module, x, self.at[path]))
+        self.moments[path].update(rows(module, x, self._positions(path, module, x)))
 
     def _positions(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
-        per_sample = ceil(self.rows_per_column * columns(module) / self.samples)
-        return pick(positions(module, x), max(per_sample, _FLOOR), path, self.seed)
+        key = path, positions(module, x)  # batches may differ in size
+        if key not in self.at:
+            per_sample = ceil(self.rows_per_column * columns(module) / self.samples)
+            self.at[key] = pick(key[1], max(per_sample, _FLOOR), path, self.seed)
+        return self.at[key]
 
 
 class _See:

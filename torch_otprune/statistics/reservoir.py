@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from torch_otprune.statistics.reduce import all_sum_, ranks
-from torch_otprune.structure.forward import batch_size, flat_tensors, map_tensors
+from torch_otprune.structure.forward import batch_size, joined, make, map_tensors
 
 __all__ = ["Reservoir"]
 
@@ -59,8 +59,8 @@ class Reservoir:
         mine = sorted((e for e in self.kept if e[0] <= limit), key=lambda entry: entry[1])
         groups: dict[Any, list[Any]] = {}
         for _, _, sample in mine:
-            groups.setdefault(_shape(sample), []).append(sample)
-        return [_stack(samples) for samples in groups.values()]
+            groups.setdefault(make(sample), []).append(sample)
+        return [joined(samples) for samples in groups.values()]
 
     def _limit(self) -> float:
         """Find the highest mark that all ranks together still keep."""
@@ -80,21 +80,3 @@ def _row(batch: Any, row: int, size: int) -> Any:
     return map_tensors(
         batch, lambda t: t[row : row + 1].clone() if t.dim() and len(t) == size else t
     )
-
-
-def _shape(sample: Any) -> Any:
-    return tuple((tuple(t.shape), t.dtype) for t in flat_tensors(sample))
-
-
-def _stack(samples: list[Any]) -> Any:
-    """Put single samples side by side again; tensors without a batch axis are taken once."""
-    columns = [flat_tensors(sample) for sample in samples]
-    index = iter(range(len(columns[0])))
-
-    def join(tensor: torch.Tensor) -> torch.Tensor:
-        i = next(index)
-        if not tensor.dim() or len(tensor) != 1:
-            return tensor
-        return torch.cat([column[i] for column in columns])
-
-    return map_tensors(samples[0], join)

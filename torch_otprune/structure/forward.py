@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Call", "batch_size", "evaluating", "flat_tensors", "head", "map_tensors", "run"]
+__all__ = [
+    "Call",
+    "batch_size",
+    "evaluating",
+    "flat_tensors",
+    "head",
+    "joined",
+    "make",
+    "map_tensors",
+    "run",
+]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -129,6 +139,43 @@ def head(batch: Any, samples: int) -> Any:
     """
     size = batch_size(batch)
     return map_tensors(batch, lambda t: t[:samples] if t.dim() and len(t) == size else t)
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """Put batches of one make side by side.
+
+    Args:
+        batches: at least one; equal nesting, equal shapes but for the first axis.
+
+    Returns:
+        one batch; tensors whose first axis is not the batch's are taken from the first.
+    """
+    sizes = [batch_size(batch) for batch in batches]
+    columns = zip(*(flat_tensors(batch) for batch in batches), strict=True)
+
+    def join(first: Tensor) -> Tensor:
+        column = next(columns)
+        parts = zip(column, sizes, strict=True)
+        return torch.cat(column) if all(t.dim() and len(t) == n for t, n in parts) else first
+
+    return map_tensors(batches[0], join)
+
+
+def make(batch: Any) -> Any:
+    """Describe what a batch must share with another to be joined with it.
+
+    Args:
+        batch: as for `run`.
+
+    Returns:
+        shapes without the batch axis, and types; hashable.
+    """
+    size = batch_size(batch)
+    cut = [
+        (tuple(t.shape[1:] if t.dim() and len(t) == size else t.shape), t.dtype)
+        for t in flat_tensors(batch)
+    ]
+    return type(batch), tuple(cut)
 
 
 @contextmanager

@@ -105,8 +105,14 @@ class _Watch(TorchFunctionMode):
             notes.positions[name] = notes.positions.get(name, 0) + positions
         if is_linear(module):
             self._follow(name, (), out)
-        elif isinstance(module, PASSIVE) and inputs and (t := self.live.get(id(inputs[0]))):
+        elif inputs and (t := self.live.get(id(inputs[0]))) and self._passes(module, t[0], out):
             self._follow(t[0], (*t[1], name), out)
+
+    def _passes(self, module: nn.Module, linear: str, out: Tensor) -> bool:
+        """Tell whether a layer keeps channels apart; on tokens, a batch-norm has another axis."""
+        dense = isinstance(self.model.get_submodule(linear), nn.Linear)
+        crossed = isinstance(module, BatchNorm) and dense and out.dim() > 2
+        return isinstance(module, PASSIVE) and not crossed
 
     def _follow(self, linear: str, passed: tuple[str, ...], out: Tensor) -> None:
         self.live[id(out)] = (linear, passed, out)

@@ -10,7 +10,7 @@ from torch_otprune.transport.checks import order_of
 
 __all__ = ["ground_cost", "root", "sqdist"]
 
-BLOCK = 2048
+BLOCK = 1024
 # Below this share of the squared norms a matmul distance has lost half its digits.
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-9}
 

@@ -68,7 +68,8 @@ class Coupling:
     def cost(self) -> float:
         """Sum cost x mass over the plan: W_p^p where the cost is a distance to the power p."""
         if self.links is not None:
-            return float(self.cost_of(None))
+            on = self.geometry.pairs(self.links.rows, self.links.columns)
+            return float((on * self.links.mass).sum())
         total = sum((plan * cost).sum(dtype=torch.float64) for _, cost, plan in self._blocks())
         return float(total)
 

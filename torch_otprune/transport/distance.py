@@ -6,10 +6,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_otprune.transport.checks import cloud, masses, order_of, same_space
-from torch_otprune.transport.cost import root
-from torch_otprune.transport.couplings import coupling_points
+from torch_otprune.transport.cost import ground_cost, root
 from torch_otprune.transport.dispatch import Problem, choose
 from torch_otprune.transport.divergence import divergence
+from torch_otprune.transport.exact import solve_exact
 from torch_otprune.transport.line import wasserstein_1d
 
 __all__ = ["wasserstein"]
@@ -55,7 +55,6 @@ def wasserstein(
         return divergence(x, y, a, b, p=p, eps=eps)
     weights = masses(a, x[:0, :0], len(x), "a"), masses(b, y[:0, :0], len(y), "b")
     scaled = (w / w.sum() for w in weights)
-    links = coupling_points(x, y, *scaled, p=p, eps=0 if a is not None else None).links
-    assert links is not None
+    links = solve_exact(ground_cost(x.detach(), y.detach(), p=p), *scaled)
     squared = (x[links.rows] - y[links.columns]).square().sum(1)
     return root((root(squared, 2 / p) * links.mass.to(x)).sum(), p)

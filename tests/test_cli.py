@@ -1,0 +1,240 @@
+"""The commands on a small model: what they print, write and answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+import torch_otprune as otp
+from torch_otprune.cli import app
+
+NETS = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )
+
+def loud():
+    print("LOUD")
+    return net()
+
+def data():
+    torch.manual_seed(1)
+    return [(torch.randn(8, 3, 8, 8), torch.zeros(8)) for _ in range(4)]
+
+class Declared(nn.Sequential):
+    pass
+"""
+POLICY = "rules: channels\nbudget: {macs: 50%}\n"
+Otprune = Callable[..., Result]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with a module of models and a policy."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("nets.py").write_text(NETS)
+    Path("policy.yaml").write_text(POLICY)
+    yield tmp_path
+    sys.modules.pop("nets", None)
+
+
+@pytest.fixture
+def otprune(place: Path) -> Otprune:
+    """Call the command line."""
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+def planned(otprune: Otprune) -> Path:
+    """Write a plan."""
+    done = otprune("plan", "nets:net", "-d", "nets:data", "-p", "policy.yaml", "-o", "plan.json")
+    assert done.exit_code == 0, done.output
+    return Path("plan.json")
+
+
+def applied(otprune: Otprune, *more: str) -> Result:
+    """Prune by a stored plan."""
+    return otprune(
+        "apply", "nets:net", "-d", "nets:data", "--plan", planned(otprune), "-o", "out", *more
+    )
+
+
+def test_the_plan_it_writes_is_the_plan_of_the_library(otprune: Otprune) -> None:
+    path = planned(otprune)
+    import nets  # type: ignore[import-not-found]
+
+    policy = otp.Policy.from_yaml(POLICY)
+    with otp.attach(nets.net(), policy) as attached:
+        otp.observe(attached, nets.data())
+    assert otp.Plan.from_json(path.read_text()) == attached.plan()
+
+
+def test_the_plan_is_printed_with_every_cut_and_both_totals(otprune: Otprune) -> None:
+    done = otprune("plan", "nets:net", "-d", "nets:data", "-p", "policy.yaml")
+    assert "group" in done.stdout and "reason" in done.stdout
+    assert "params: " in done.stdout and "macs: " in done.stdout
+
+
+def test_json_is_all_there_is_on_standard_output(otprune: Otprune) -> None:
+    done = otprune("plan", "nets:loud", "-d", "nets:data", "-p", "policy.yaml", "--json")
+    assert otp.Plan.from_json(done.stdout).cuts
+    assert "LOUD" in done.stderr
+
+
+def test_apply_writes_a_model_that_loads_and_a_report_that_reads(otprune: Otprune) -> None:
+    done = applied(otprune)
+    assert done.exit_code == 0, done.output
+    import nets
+
+    report = otp.Report.from_json(Path("out/report/report.json").read_text())
+    model = otp.load("out/model", factory=nets.net)
+    assert sum(p.numel() for p in model.parameters()) == report.params.after
+    assert Path("out/report/report.html").exists()
+    assert "within budget" in done.stdout
+
+
+def test_apply_with_a_policy_does_what_plan_and_apply_do(otprune: Otprune) -> None:
+    applied(otprune)
+    done = otprune("apply", "nets:net", "-d", "nets:data", "-p", "policy.yaml", "-o", "again")
+    assert done.exit_code == 0, done.output
+    files = [Path(out, "model/model.safetensors").read_bytes() for out in ("out", "again")]
+    assert files[0] == files[1]
+
+
+def test_apply_replaces_what_it_wrote_before(otprune: Otprune) -> None:
+    assert applied(otprune).exit_code == applied(otprune).exit_code == 0
+
+
+def test_apply_prints_the_report_as_json(otprune: Otprune) -> None:
+    report = otp.Report.from_json(applied(otprune, "--json").stdout)
+    assert report.macs.ratio <= 0.5
+
+
+def test_verify_accepts_both_the_directory_and_the_model_in_it(otprune: Otprune) -> None:
+    applied(otprune)
+    for path in ("out", "out/model"):
+        done = otprune("verify", path, "-f", "nets:net", "--json")
+        assert json.loads(done.stdout)["model"] == "out/model"
+
+
+def test_verify_runs_the_model_and_compares_it_with_the_dense_one(otprune: Otprune) -> None:
+    from safetensors.torch import save_file
+
+    applied(otprune)
+    import nets
+
+    save_file(nets.net().state_dict(), "dense.safetensors")
+    done = otprune(
+        *("verify", "out", "-f", "nets:net", "-d", "nets:data", "-w", "dense.safetensors"), "--json"
+    )
+    facts = json.loads(done.stdout)
+    plan = otp.Plan.from_json(Path("plan.json").read_text())
+    assert (facts["plan"], facts["macs"]) == (plan.hash, plan.macs.after)
+    assert 0 <= facts["agreement"] <= 1
+
+
+def test_verify_notices_a_flipped_bit(otprune: Otprune) -> None:
+    applied(otprune)
+    path = Path("out/model/model.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    done = otprune("verify", "out", "-f", "nets:net")
+    assert done.exit_code == 10
+    assert "the hash differs" in done.stderr
+
+
+def test_verify_notices_another_factory(otprune: Otprune) -> None:
+    applied(otprune)
+    Path("nets.py").write_text(NETS.replace("8, 3", "9, 3").replace("(8, 4)", "(9, 4)"))
+    sys.modules.pop("nets")
+    done = otprune("verify", "out", "-f", "nets:net")
+    assert done.exit_code == 10
+
+
+def test_the_weights_are_loaded_before_planning(otprune: Otprune) -> None:
+    from safetensors.torch import save_file
+
+    import nets
+
+    dead = {n: torch.zeros_like(t) if n == "0.bias" else t for n, t in state(nets.net()).items()}
+    dead["0.weight"][:4] = 0
+    save_file(dead, "dead.safetensors")
+    done = otprune(
+        *("plan", "nets:net", "-d", "nets:data", "-p", "policy.yaml"),
+        *("-w", "dead.safetensors", "--json"),
+    )
+    cuts = {cut.group: cut.keep for cut in otp.Plan.from_json(done.stdout).cuts}
+    assert set(cuts["0"]) <= {4, 5, 6, 7}
+
+
+def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copy a model's tensors."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_the_doctor_accounts_for_every_parameter(otprune: Otprune) -> None:
+    done = otprune("doctor", "nets:net", "--example", "nets:data", "--json")
+    found = json.loads(done.stdout)
+    assert sum(found["totals"].values()) == found["params"] > 0
+
+
+def test_the_doctor_prints_groups_and_what_stays(otprune: Otprune) -> None:
+    done = otprune("doctor", "nets:net", "--example", "nets:data")
+    assert done.exit_code == 0
+    assert "prunable" in done.stdout and "6.bias" in done.stdout
+
+
+def test_the_schema_accepts_the_policy_of_the_examples(otprune: Otprune) -> None:
+    import jsonschema
+
+    schema = json.loads(otprune("schema").stdout)
+    jsonschema.validate({"rules": "channels", "budget": {"macs": "50%"}}, schema)
+
+
+def test_the_version_is_the_package_s(otprune: Otprune) -> None:
+    assert otprune("--version").stdout.strip() == f"otprune {otp.__version__}"
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    """Call the command line in a new process, and list the heavy packages it imported."""
+    code = (
+        "import sys\nfrom torch_otprune.cli import main\n"
+        "try: main()\nfinally: sys.stderr.write('torch' * ('torch' in sys.modules))"
+    )
+    home = str(Path(__file__).parent.parent)
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=home, text=True, capture_output=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [("--help",), ("plan", "--help"), ("--version",), ("plan",), ("nonsense",)]
+)
+def test_help_and_usage_do_not_import_torch(words: tuple[str, ...]) -> None:
+    assert not run(*words).stderr.endswith("torch")
+
+
+def test_a_command_imports_torch() -> None:
+    assert run("schema").stderr.endswith("torch")
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor", "plan", "apply", "verify", "schema"])
+def test_every_command_has_help(command: str, otprune: Otprune) -> None:
+    done = otprune(command, "--help")
+    assert done.exit_code == 0
+    assert command in done.stdout
