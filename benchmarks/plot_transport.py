@@ -38,7 +38,7 @@ def couplings_picture(path: Path) -> None:
     """Draw one problem three times: exact, entropic, and with a free second marginal."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(14, 2, generator=generator)
-    y = torch.randn(7, 2, generator=generator) * 0.8 + torch.tensor([2.6, 0.4])
+    y = torch.randn(7, 2, generator=generator) * 0.8 + torch.tensor([1.0, 0.4])
     asked: dict[str, dict[str, Any]] = {
         "exact": {"eps": 0},
         "entropic, eps 0.1": {"eps": 0.1},
@@ -66,7 +66,7 @@ def facility_picture(path: Path) -> None:
     middle = torch.randn(6, 2, generator=generator) * 2
     x = middle[torch.arange(48) % 6] + 0.5 * torch.randn(48, 2, generator=generator)
     found = transport.facility_location(
-        transport.sqdist(x), x.square().sum(1), sizes=range(1, 25), swaps=10, duals=60
+        transport.sqdist(x), x.square().sum(1), sizes=range(1, 25), swaps=10, duals=400
     )
     figure, (left, right) = _figure(2)
     keep = found.keep(6)
@@ -129,8 +129,8 @@ def dispatch_page(data: Mapping[str, Any]) -> str:
     rates, where = data["rates"], data["environment"]
     parts = [
         "# Transport: dispatch and figures",
-        "Made by `benchmarks/plot_transport.py` from `benchmarks/results/transport.json`: no figure "
-        "is typed by hand.",
+        "Made by `benchmarks/plot_transport.py` from `benchmarks/results/transport.json`: no "
+        "figure is typed by hand.",
         "## Which solver runs",
         "The first line that applies is taken. `explain=True` puts the lines that were passed over "
         "into `Coupling.why`, and `solver=` forces one.",

@@ -46,7 +46,7 @@ Otprune = Callable[..., Result]
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with a module of models and a policy."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.syspath_prepend(tmp_path)
     Path("nets.py").write_text(NETS)
     Path("policy.yaml").write_text(POLICY)
     yield tmp_path
@@ -167,9 +167,8 @@ def test_verify_notices_another_factory(otprune: Otprune) -> None:
 
 
 def test_the_weights_are_loaded_before_planning(otprune: Otprune) -> None:
-    from safetensors.torch import save_file
-
     import nets
+    from safetensors.torch import save_file
 
     dead = {n: torch.zeros_like(t) if n == "0.bias" else t for n, t in state(nets.net()).items()}
     dead["0.weight"][:4] = 0

@@ -46,7 +46,7 @@ FILES = {
     "syntax.py": "def f(:",
     "exits.py": "import sys; sys.exit('usage')",
     "policy.yaml": "rules: channels\nbudget: {macs: 50%}\n",
-    "low.yaml": "rules: channels\nbudget: {macs: 1}\n",
+    "low.yaml": "rules: channels\nbudget: {macs: 2}\n",
     "all.yaml": "rules: channels\nbudget: {macs: 100%}\n",
     "typo.yaml": "rules: [{kind: chanels}]\n",
     "target.yaml": "rules: {kind: channels, targets: nope}\nbudget: {macs: 50%}\n",
@@ -85,7 +85,7 @@ def complaint(done: Result, code: int = 1) -> str:
     [
         ("nets:nett", "'nets' has no 'nett'.|closest names: net"),
         ("nest:net", "there is no module 'nest'.|nets"),
-        ("torch.nm:Linear", "there is no module 'torch.nm'.|closest names: torch.nn"),
+        ("torch.optm:SGD", "there is no module 'torch.optm'.|torch.optim"),
         ("nets", "'nets' is not of the form package.module:name.|such as 'nets:factory'"),
         ("nets.net", "such as 'nets:net'"),
         ("./nets.py:net", "such as 'nets:net'"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,8 @@ from torch_otprune.criteria.base import Criterion
 from torch_otprune.decide import decide
 from torch_otprune.errors import CalibrationError, PolicyError, StructureError
 from torch_otprune.plan import Plan
-from torch_otprune.policy import Policy, policy_of
+from torch_otprune.policy import Policy, match, module_classes, policy_of
+from torch_otprune.policy.targets import selects
 from torch_otprune.statistics import (
     Observation,
     Recorder,
@@ -51,6 +52,7 @@ def attach(model: nn.Module, policy: Policy | None = None, *, example: Any = Non
     Raises:
         PolicyError: if there is no policy.
         StructureError: if the model cannot be pruned, or has a policy attached already.
+        TargetError: if a target matches nothing.
     """
     check(model)
     found = policy or policy_of(model)
@@ -66,6 +68,9 @@ def attach(model: nn.Module, policy: Policy | None = None, *, example: Any = Non
             where=type(model).__name__,
             fix="remove the first attachment, or leave its `with` block.",
         )
+    classes = module_classes(model)
+    for index, rule in enumerate(found.rules):
+        match(rule.targets, rule.ignore, classes, where=f"Policy.rules[{index}]")
     return Attached(model, found, example)
 
 
@@ -84,7 +89,8 @@ def observe(attached: Attached, data: Iterable[Any] | Callable[[nn.Module], Any]
         CalibrationError: if there is no batch, or one holds NaN or infinity.
     """
     model = attached.model
-    batches = collect(model, data, attached.policy.calibration.samples)
+    with attached.unwatched():  # a callable runs the model to show its batches
+        batches = collect(model, data, attached.policy.calibration.samples)
     with evaluating(model), torch.no_grad():
         for batch in batches:
             run(model, batch)
@@ -104,9 +110,10 @@ class Attached:
         self.model, self.policy = model, policy
         self.graph: Graph | None = None
         self.samples = 0
-        self._recorder: Recorder | None = None
+        self._recorder = Recorder(model, (), samples=1, rows_per_column=1, seed=0)
         self._probes = Reservoir(policy.calibration.probe, policy.seed)
         self._example: Any = None
+        self._paths: tuple[str, ...] = ()
         self._needs = _needs(policy)
         if example is not None:
             self._analyse(example)
@@ -129,7 +136,7 @@ class Attached:
         """Quote the memory of the statistics; known once the model was analysed, before data."""
         if self.graph is None or "moments" not in self._needs:
             return 0
-        return quote(self.model, consumers(self.graph))
+        return quote(self.model, self._paths)
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
@@ -138,18 +145,17 @@ class Attached:
         Yields:
             nothing.
         """
-        before = self._watch.busy
-        self._watch.busy = True
+        before = self._watch.busy, self._recorder.active
+        self._watch.busy, self._recorder.active = True, False
         try:
             yield
         finally:
-            self._watch.busy = before
+            self._watch.busy, self._recorder.active = before
 
     def remove(self) -> None:
         """Take every hook off. What was seen stays available to `plan`."""
         self._handle.remove()
-        if self._recorder is not None:
-            self._recorder.remove()
+        self._recorder.remove()
 
     def plan(self) -> Plan:
         """Decide what to remove, and check the decision on the real model. Nothing is removed.
@@ -161,17 +167,8 @@ class Attached:
             CalibrationError: if the model was not run.
         """
         graph = self._known()
-        with self.unwatched(), self._recorder_off():
+        with self.unwatched():
             return decide(self.model, self.policy, graph, self.observation(), self._example)
-
-    @contextmanager
-    def _recorder_off(self) -> Iterator[None]:
-        recorder = self._recorder or _blind(self.model)
-        recorder.active, before = False, recorder.active
-        try:
-            yield
-        finally:
-            recorder.active = before
 
     def observation(self) -> Observation:
         """Sum up what was seen, over all ranks.
@@ -182,9 +179,8 @@ class Attached:
         Raises:
             CalibrationError: if the model was not run.
         """
-        graph = self._known()
-        recorder = self._recorder or _blind(self.model)
-        if "moments" in self._needs and not recorder.moments and consumers(graph):
+        self._known()
+        if "moments" in self._needs and not self._recorder.moments and self._paths:
             raise CalibrationError(
                 "the model was not run since the policy was attached.",
                 where=f"attach({type(self.model).__name__})",
@@ -192,9 +188,9 @@ class Attached:
             )
         return conclude(
             self.model,
-            recorder,
+            self._recorder,
             self._probes.batches(),
-            consumers(graph),
+            self._paths,
             samples=self.samples,
             feel="sensitivity" in self._needs and self.samples > 0,
             seed=self.policy.seed,
@@ -212,22 +208,39 @@ class Attached:
     def _analyse(self, batch: Any) -> None:
         self._example = head(batch, _EXAMPLE)
         self.graph = trace(self.model, self._example)
+        self._paths = self._readers(self.graph)
         if "moments" not in self._needs:
             return
         calibration = self.policy.calibration
         _log.info("statistics will take %.1f MiB", self.bytes / 2**20)
         if self.bytes > calibration.memory * 2**30:
-            self._refuse(consumers(self.graph))
+            self._refuse()
         self._recorder = Recorder(
             self.model,
-            consumers(self.graph),
+            self._paths,
             samples=calibration.samples,
             rows_per_column=calibration.rows_per_dim,
             seed=self.policy.seed,
         )
 
-    def _refuse(self, paths: Sequence[str]) -> None:
-        widest = sorted(paths, key=lambda path: -quote(self.model, [path]))[:3]
+    def _readers(self, graph: Graph) -> tuple[str, ...]:
+        """List the consumers of the groups that some rule reaches."""
+        classes = module_classes(self.model)
+        rules, ignore = self.policy.rules, self.policy.ignore
+        reached = [
+            group.name
+            for group in graph.groups
+            for path in (member.path for member in group.producers)
+            if not selects(ignore, path, classes)
+            and any(
+                selects(r.targets, path, classes) and not selects(r.ignore, path, classes)
+                for r in rules
+            )
+        ]
+        return consumers(graph, reached)
+
+    def _refuse(self) -> None:
+        widest = sorted(self._paths, key=lambda path: -quote(self.model, [path]))[:3]
         sizes = [f"'{path}' {quote(self.model, [path]) / 2**30:.1f} GiB" for path in widest]
         raise CalibrationError(
             f"the statistics would take {self.bytes / 2**30:.1f} GiB.",
@@ -245,8 +258,7 @@ class Attached:
             self._analyse(batch)
         calibration = self.policy.calibration
         wanted = self.samples < calibration.samples
-        if self._recorder is not None:
-            self._recorder.active = wanted
+        self._recorder.active = wanted
         if wanted:
             self.samples += batch_size(batch)
             if "sensitivity" in self._needs:
@@ -266,10 +278,6 @@ def _needs(policy: Policy) -> frozenset[str]:
     return frozenset(needs)
 
 
-def _blind(model: nn.Module) -> Recorder:
-    return Recorder(model, (), samples=1, rows_per_column=1, seed=0)
-
-
 class _Watch:
     """The one hook on the root: it sees every batch before the model does."""
 
@@ -280,8 +288,11 @@ class _Watch:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.attached is None or self.busy:  # the analysis runs the model itself
             return
-        with self.attached.unwatched():
+        self.busy = True
+        try:
             self.attached.see(Call(args, kwargs))
+        finally:
+            self.busy = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle without the handle: a copy of the model is not attached."""

@@ -194,7 +194,7 @@ def _findings(model: nn.Module, graph: Graph, ran: Container[str]) -> Iterator[F
     cut = _cut(model, graph.groups)
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
-        blocked = [b for b in graph.blocked if {owner, name} & set(b.modules)]
+        blocked = _blocked(model, name, graph.blocked)
         shape = tuple(parameter.shape)
         if name in cut:
             yield Finding(parameter=name, shape=shape, fate="prunable", groups=cut[name])
@@ -203,6 +203,16 @@ def _findings(model: nn.Module, graph: Graph, ran: Container[str]) -> Iterator[F
         else:
             reason, fix = _untouched(model.get_submodule(owner), owner, ran)
             yield Finding(parameter=name, shape=shape, fate="fixed", reason=reason, fix=fix)
+
+
+def _blocked(model: nn.Module, name: str, blocked: Sequence[Blocked]) -> list[Blocked]:
+    """Find what keeps a parameter; a bias belongs to what its layer writes, not what it reads."""
+    owner, _, leaf = name.rpartition(".")
+    found = [b for b in blocked if {owner, name} & set(b.modules)]
+    module = model.get_submodule(owner)
+    if leaf not in {tensor for tensor, _ in axes(module, "in")}:
+        return [b for b in found if b.name == owner] or found
+    return found
 
 
 def _stuck(name: str, shape: tuple[int, ...], blocked: Sequence[Blocked]) -> Finding:

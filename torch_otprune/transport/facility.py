@@ -95,6 +95,8 @@ def facility_location(
         if duals:
             tight = lower_bound(cost, null, keep, rounds=duals)
             bound[size] = min(max(float(bound[size]), tight), value)
+    # What more units cannot go below, fewer cannot either.
+    bound = bound.flip(0).cummax(0).values.flip(0)
     return FacilityLocation(order, curve, bound, improved)
 
 
