@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import torch_otprune as otp
 from torch_otprune.cli import app

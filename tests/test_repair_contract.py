@@ -182,11 +182,10 @@ def test_the_intercept_goes_into_the_batch_norm_where_there_is_no_bias(kind: str
         model.get_parameter("blocks.0.norm1.weight")[0] = 0
         model.get_parameter("blocks.0.norm1.bias")[0] = 2.0
     inner = model.get_submodule("blocks.0.conv2")
-    inner.padding, inner.padding_mode = (1, 1), "circular"  # a constant stays one at the border
-    inner._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    inner.padding_mode = "reflect"  # a constant stays one at the border
     graph = trace(model, batches[0])
     sick = patient(model, batches, [cut(graph, "blocks.0.conv1", torch.arange(1, 6))])
-    repair(kind).apply_(sick)
+    repair(kind, **({"ridge": 1e-13} if kind == "least_squares" else {})).apply_(sick)
     old, new = (m.get_submodule("blocks.0.norm2").running_mean for m in (sick.dense, sick.small))
     assert not torch.equal(old, new)
     assert distance(sick.dense, sick.small, batches) < 1e-15

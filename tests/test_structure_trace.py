@@ -170,6 +170,16 @@ def test_one_slope_for_all_channels_stays_one() -> None:
     assert outputs(model, batch)[0].shape == (8, 5)
 
 
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_a_padding_in_space_is_followed_or_refused_in_finite_time(mode: str) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, padding=1, padding_mode=mode), nn.Conv2d(8, 4, 1)
+    )
+    graph = trace(model, torch.randn(2, 3, 8, 8))
+    assert ("0" in graph.full()) == (mode != "circular")
+    assert graph.group("1").units == 8
+
+
 class Grows(nn.Module):
     """Adds a module at every call."""
 

@@ -16,7 +16,7 @@ from torch_otprune.structure.graph import Graph
 
 __all__ = ["Recorder", "consumers", "quote"]
 
-_FLOOR = 16  # positions per sample at least: a few fixed ones would see one corner of the image
+_FLOOR = 8  # positions per sample at least: fewer would see one corner of the image
 
 
 def consumers(graph: Graph, names: Iterable[str] | None = None) -> tuple[str, ...]:

@@ -36,7 +36,8 @@ _CARRIERS = frozenset(
     adaptiveavgpool1d adaptiveavgpool2d adaptiveavgpool3d adaptivemaxpool2d adaptivemaxpool3d
     avgpool1d avgpool2d avgpool3d maxpool1d maxpool2dwithindices maxpool3dwithindices
     upsamplebicubic2d upsamplebilinear2d upsamplelinear1d upsamplenearest1d upsamplenearest2d
-    upsamplenearest3d upsampletrilinear3d
+    upsamplenearest3d upsampletrilinear3d reflectionpad1d reflectionpad2d reflectionpad3d
+    replicationpad1d replicationpad2d replicationpad3d
     """.split()
 )
 
@@ -180,6 +181,9 @@ class _Walk:
         self.reasons: list[tuple[Any, str]] = []
         self.nodes = {id(node): node for node in graph.module2node.values()}
         self.ends = {id(t.grad_fn) for t in outputs}
+        sides: tuple[Side, ...] = ("in", "out")
+        widths = [channels(m, side) or 0 for m in model.modules() for side in sides]
+        self.limit = 4 * max(widths, default=1)  # an op may join a few layers
 
     def components(self) -> list[Component]:
         work = [item for node in self.nodes.values() for item in self._start(node)]
@@ -226,11 +230,18 @@ class _Walk:
                 continue
             target = dependency.target
             to = self._side(target, dependency.handler)
-            reached = self._map(dependency, node, side, fresh)
+            reached = self._inside(node, side, self._map(dependency, node, side, fresh))
             for source, image in reached:
                 self.forest.union((id(node), side, source), (id(target), to, image))
             if more := self._enter(target, to, [image for _, image in reached]):
                 yield target, to, more
+
+    def _inside(self, node: Any, side: Side, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Drop what is mapped beyond every layer: shifted once more on each way round, for ever."""
+        inside = [(source, image) for source, image in pairs if 0 <= image < self.limit]
+        if len(inside) < len(pairs):
+            self._blame(node, side, "channels are mapped out of range by an op that shifts them")
+        return inside
 
     def _map(
         self, dependency: Any, node: Any, side: Side, fresh: list[int]

@@ -48,13 +48,15 @@ def wasserstein(
     y = y.to(x)
     if x.shape[1] == 1:
         return wasserstein_1d(x, y, a, b, p=p)[0]
-    if (
-        choose(Problem(len(x), len(y), x.shape[1], uniform=a is None and b is None)).solver
-        != "exact"
-    ):
+    if _choice(x, y, uniform=a is None and b is None) != "exact":
         return divergence(x, y, a, b, p=p, eps=eps)
     weights = masses(a, x[:0, :0], len(x), "a"), masses(b, y[:0, :0], len(y), "b")
     scaled = (w / w.sum() for w in weights)
     links = solve_exact(ground_cost(x.detach(), y.detach(), p=p), *scaled)
     squared = (x[links.rows] - y[links.columns]).square().sum(1)
     return root((root(squared, 2 / p) * links.mass.to(x)).sum(), p)
+
+
+def _choice(x: Tensor, y: Tensor, *, uniform: bool) -> str:
+    problem = Problem(len(x), len(y), x.shape[1], x.device.type, "value", uniform)
+    return choose(problem).solver

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from torch_otprune.errors import TransportError
 from torch_otprune.transport.checks import finite, refuse
+from torch_otprune.transport.dispatch import REPEAT
 from torch_otprune.transport.sinkhorn import scaling
 
 __all__ = ["Links", "assignment", "duals", "solve_exact", "solve_line"]
 
 WARM = 256  # points from which potentials are worth their price before an assignment
-REPEAT = 4096  # copies per side up to which unequal uniform measures become an assignment
 
 
 @dataclass(frozen=True)
