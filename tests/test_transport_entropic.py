@@ -214,3 +214,32 @@ def test_the_table_says_what_it_passed_over() -> None:
     assert words.startswith("line: sorting is exact")
     words = transport.coupling_points(draw(0, 9, 2), draw(1, 9, 2), eps=0.1, explain=True).why
     assert "not exact: needs hard marginals" in words
+
+
+def test_an_exact_plan_with_a_soft_marginal_is_refused() -> None:
+    with pytest.raises(TransportError, match="eps=0 with a relaxed marginal has no exact solver"):
+        transport.coupling(torch.ones(2, 2), eps=0.0, relax=(1.0, 1.0))
+
+
+def test_costs_below_zero_are_coupled_like_any_other() -> None:
+    cost = transport.sqdist(draw(22, 12, 2), draw(23, 10, 2))
+    for eps in (0.0, 0.1):
+        up = transport.coupling(cost, eps=eps * 10, tol=1e-9)
+        relative = eps * 10 * float(cost.mean()) / float((cost - 50).abs().mean())
+        down = transport.coupling(cost - 50, eps=relative, tol=1e-9)
+        torch.testing.assert_close(up.plan(), down.plan(), atol=1e-7, rtol=0)
+
+
+def test_a_divergence_by_an_unknown_solver_is_refused() -> None:
+    with pytest.raises(TransportError, match="there is no solver 'magic'"):
+        transport.divergence(draw(0, 4, 2), draw(1, 4, 2), solver="magic")
+
+
+def test_geomloss_is_refused_for_other_orders() -> None:
+    with pytest.raises(TransportError, match="geomloss knows p=1 and p=2, not 3"):
+        transport.divergence(draw(0, 4, 2), draw(1, 4, 2), p=3.0, solver="geomloss")
+
+
+def test_a_divergence_without_temperature_is_refused() -> None:
+    with pytest.raises(TransportError, match=r"eps is 0\.0"):
+        transport.divergence(draw(0, 4, 2), draw(1, 4, 2), eps=0.0)

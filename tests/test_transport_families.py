@@ -13,6 +13,8 @@ from torch import Tensor
 
 from torch_otprune import transport
 from torch_otprune.errors import TransportError
+from torch_otprune.transport.estimate import paired_rows
+from torch_otprune.transport.gaussian import fitting
 from torch_otprune.transport.sliced import directions
 
 D = torch.float64
@@ -229,8 +231,6 @@ def test_too_few_rows_for_a_null_are_refused() -> None:
 
 
 def test_unpaired_clouds_are_refused() -> None:
-    from torch_otprune.transport.estimate import paired_rows
-
     with pytest.raises(TransportError, match="are not paired"):
         paired_rows(draw(0, 3, 2), draw(1, 4, 2))
 
@@ -244,3 +244,8 @@ def test_order_of_the_points_changes_no_distance() -> None:
         lambda s, t: transport.max_sliced(s, t).distance,
     ):
         assert float(verb(x[way], y)) == pytest.approx(float(verb(x, y)), rel=1e-6)
+
+
+def test_covariances_that_do_not_fit_their_means_are_refused() -> None:
+    with pytest.raises(TransportError, match="do not fit"):
+        fitting(torch.zeros(2), torch.eye(3), torch.zeros(2), torch.eye(3))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from torch_otprune import transport
+from torch_otprune.errors import TransportError
 from torch_otprune.transport import keops
 from torch_otprune.transport.geometry import Cloud, softmin
 
@@ -118,3 +119,9 @@ def test_a_reason_is_logged_as_a_warning(
         assert not keops.available()
     keops.unavailable_because.cache_clear()
     assert caplog.text.count("the test says so") == 1
+
+
+def test_keops_is_refused_for_other_orders() -> None:
+    x = torch.zeros(3, 2)
+    with pytest.raises(TransportError, match="knows p=1 and p=2, not 3"):
+        transport.coupling_points(x, x + 1, p=3.0, eps=0.1, solver="keops")

@@ -26,7 +26,8 @@ from torch_otprune.statistics import (
     consumers,
     quote,
 )
-from torch_otprune.structure import Call, Graph, batch_size, evaluating, head, run, trace
+from torch_otprune.structure import Call, Graph, batch_size, evaluating, head, trace
+from torch_otprune.structure.forward import run_checked
 from torch_otprune.structure.trace import check
 
 __all__ = ["Attached", "attach", "observe"]
@@ -92,8 +93,8 @@ def observe(attached: Attached, data: Iterable[Any] | Callable[[nn.Module], Any]
     with attached.unwatched():  # a callable runs the model to show its batches
         batches = collect(model, data, attached.policy.calibration.samples)
     with evaluating(model), torch.no_grad():
-        for batch in batches:
-            run(model, batch)
+        for index, batch in enumerate(batches):
+            run_checked(model, batch, index)
     return attached
 
 

@@ -25,7 +25,12 @@ Data = Iterable[Any] | Callable[[nn.Module], Any]
 
 
 def prune_(
-    model: nn.Module, policy: Policy | None, data: Data, *, progress: Progress = quiet
+    model: nn.Module,
+    policy: Policy | None,
+    data: Data,
+    *,
+    timing: float = 2.0,
+    progress: Progress = quiet,
 ) -> Report:
     """Make a model smaller in place: observe, plan, cut, repair, verify.
 
@@ -33,6 +38,7 @@ def prune_(
         model: the dense model.
         policy: the declaration; None takes the one on the class.
         data: calibration batches, or a function that runs the model it is given.
+        timing: seconds to spend on measuring latency; 0 leaves it out of the report.
         progress: told the stage, the steps done and the steps in all.
 
     Returns:
@@ -46,16 +52,24 @@ def prune_(
         observe(attached, batches)
         progress("plan", 0, 1)
         plan = attached.plan()
-    return apply_(model, plan, batches, progress=progress)
+    return apply_(model, plan, batches, timing=timing, progress=progress)
 
 
-def apply_(model: nn.Module, plan: Plan, data: Data, *, progress: Progress = quiet) -> Report:
+def apply_(
+    model: nn.Module,
+    plan: Plan,
+    data: Data,
+    *,
+    timing: float = 2.0,
+    progress: Progress = quiet,
+) -> Report:
     """Carry out a plan in place, all or nothing, then prove what it did.
 
     Args:
         model: the dense model that the plan was made for.
         plan: what to do.
         data: calibration batches for the repairs and the report.
+        timing: seconds to spend on measuring latency; 0 leaves it out of the report.
         progress: told the stage, the steps done and the steps in all.
 
     Returns:
@@ -78,7 +92,13 @@ def apply_(model: nn.Module, plan: Plan, data: Data, *, progress: Progress = qui
             notes = repair_(model, dense, graph, plan, batches, progress=progress)
         with watch("verify"):
             report = verify(
-                (dense, raw, model), graph, plan, batches, notes=notes, seconds=watch.seconds
+                (dense, raw, model),
+                graph,
+                plan,
+                batches,
+                notes=notes,
+                seconds=watch.seconds,
+                timing=timing,
             )
     except BaseException:  # whatever happened, the model must be as it was
         snapshot.restore_()

@@ -68,6 +68,7 @@ def verify(
     *,
     notes: Sequence[Note],
     seconds: Mapping[str, float],
+    timing: float,
 ) -> Report:
     """Measure what a pruning did.
 
@@ -78,6 +79,7 @@ def verify(
         batches: calibration batches.
         notes: what the repairs did.
         seconds: time by stage so far.
+        timing: seconds to spend on measuring latency; 0 leaves it out.
 
     Returns:
         the report.
@@ -97,7 +99,7 @@ def verify(
     return Report(
         plan=plan,
         **costs,
-        latency=latency(dense, small, some[0]),
+        latency=latency(dense, small, some[0], seconds=timing) if timing else None,
         layers=layer_errors(*errors),
         agreement=agreement(expected, mended),
         output_error=off,

@@ -115,8 +115,9 @@ class Plan(_Frozen):
         try:
             return cls.model_validate_json(text)
         except ValueError as error:
+            said = [line.strip() for line in str(error).splitlines()]
             raise PlanError(
-                f"this is no plan: {str(error).splitlines()[0]}.",
+                f"this is no plan: {': '.join(said[1:3]) or said[0]}.",
                 where="Plan.from_json",
                 fix="pass the text that Plan.to_json wrote, with the same library version.",
             ) from error

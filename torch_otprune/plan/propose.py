@@ -9,13 +9,13 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from torch_otprune.criteria.base import Criterion
+from torch_otprune.criteria.base import Criterion, Ranking
 from torch_otprune.errors import StructureError, TargetError
 from torch_otprune.plan.model import Refusal, Slice
 from torch_otprune.plan.price import dropped, repaired, weighted
 from torch_otprune.plan.slices import slices
 from torch_otprune.policy import Channels, Policy, Rule, match, module_classes, owner
-from torch_otprune.statistics.evidence import gather
+from torch_otprune.statistics.evidence import Evidence, gather
 from torch_otprune.statistics.observation import Observation
 from torch_otprune.structure.graph import Blocked, Graph, Group
 
@@ -167,7 +167,7 @@ def _objection(case: Case, group: Group | Blocked, *, whole: bool) -> tuple[str,
 
 def _nothing(case: Case, index: int, rule: Rule, refused: Sequence[Refusal]) -> None:
     reasons = (
-        "; ".join(f"{r.group}: {r.reason}" for r in refused[:3])
+        "; ".join(f"{r.group or 'the model'}: {r.reason}" for r in refused[:3])
         or "no linear layer among the targets"
     )
     raise StructureError(
@@ -178,43 +178,48 @@ def _nothing(case: Case, index: int, rule: Rule, refused: Sequence[Refusal]) -> 
 
 
 def _candidate(case: Case, group: Group, index: int, rule: Channels) -> Candidate:
-    seen = case.observation
-    felt = case.weighting == "output"
-    evidence = gather(
-        case.model,
-        case.graph,
-        group,
-        moments=dict(seen.moments),
-        sensitivity=seen.sensitivity,
-        feel=felt,
-        seed=case.policy.seed,
-    )
     criterion = rule.criterion
     assert isinstance(criterion, Criterion)
+    evidence = _evidence(case, group)
     ranking = criterion.rank(evidence)
-    refits = any(r.kind in ("least_squares", "reconstruct") for r in rule.repair)
-    priced = (repaired if refits else dropped)(ranking, evidence)
-    blind = priced is ranking or (felt and seen.sensitivity is None)
-    unit = "uniform" if blind else case.weighting
-    power = seen.sensitivity.mean_power if seen.sensitivity else 0.0
-    curve = weighted(priced.curve, unit, power)
+    refits = any(repair.kind in ("least_squares", "reconstruct") for repair in rule.repair)
+    curve, unit = _price(case, ranking, evidence, refits=refits)
 
     def choose(size: int) -> Tensor:
         nested = ranking.order[:size]
-        return (
-            criterion.refine(evidence, nested).sort().values
-            if size < group.units
-            else nested.sort().values
-        )
+        if size < group.units:  # gathered anew: the evidence of all groups at once is large
+            nested = criterion.refine(_evidence(case, group), nested)
+        return nested.sort().values
 
     return Candidate(
-        group.name,
-        index,
-        group.units,
-        curve,
-        rule.widths(group.units),
-        criterion.kind,
-        _MOVES[unit],
-        choose,
-        lambda keep: slices(group, keep),
+        name=group.name,
+        rule=index,
+        units=group.units,
+        curve=curve,
+        widths=rule.widths(group.units),
+        criterion=criterion.kind,
+        moves=_MOVES[unit],
+        choose=choose,
+        spell=lambda keep: slices(group, keep),
     )
+
+
+def _evidence(case: Case, group: Group) -> Evidence:
+    return gather(
+        case.model,
+        case.graph,
+        group,
+        moments=dict(case.observation.moments),
+        sensitivity=case.observation.sensitivity,
+        feel=case.weighting == "output",
+        seed=case.policy.seed,
+    )
+
+
+def _price(case: Case, ranking: Ranking, evidence: Evidence, *, refits: bool) -> tuple[Tensor, str]:
+    """Price a ranking by what its repair leaves, in the unit that all groups share."""
+    felt = case.observation.sensitivity
+    priced = (repaired if refits else dropped)(ranking, evidence)
+    blind = priced is ranking or (case.weighting == "output" and felt is None)
+    unit = "uniform" if blind else case.weighting
+    return weighted(priced.curve, unit, felt.mean_power if felt else 0.0), unit

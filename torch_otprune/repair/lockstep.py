@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torch_otprune.statistics.reduce import all_sum_
-from torch_otprune.structure.forward import Call, evaluating, flat_tensors, run
+from torch_otprune.structure.forward import Call, evaluating, flat_tensors, run, run_checked
 from torch_otprune.structure.graph import Tail
 from torch_otprune.structure.probe import ADDITIONS
 
@@ -75,7 +75,9 @@ class Lockstep:
     ) -> None:
         self.sites = sites
         self.pair = (_Cast(dense, sites, wait=False), _Cast(small, sites, wait=True))
-        self.walkers = [tuple(_Walker(cast, batch) for cast in self.pair) for batch in batches]
+        self.walkers = [
+            tuple(_Walker(cast, batch, i) for cast in self.pair) for i, batch in enumerate(batches)
+        ]
         self.models = (dense, small)
 
     def __enter__(self) -> Lockstep:
@@ -122,8 +124,8 @@ class Lockstep:
 class _Walker:
     """One batch on its way through one model, in a thread that runs only when told to."""
 
-    def __init__(self, cast: _Cast, batch: Any) -> None:
-        self.cast, self.batch = cast, batch
+    def __init__(self, cast: _Cast, batch: Any, index: int) -> None:
+        self.cast, self.batch, self.index = cast, batch, index
         self.go, self.stopped = threading.Semaphore(0), threading.Semaphore(0)
         self.pause: Pause | None = None
         self.result: Any = None
@@ -165,7 +167,7 @@ class _Walker:
                 with torch.no_grad(), _Additions(self):
                     self.cast.here.walker = self
                     self.cast.here.noted, self.cast.here.expected = {}, {}
-                    self.result = run(self.cast.model, self.batch)
+                    self.result = run_checked(self.cast.model, self.batch, self.index)
         except _Abandoned:
             pass  # the conductor gave up and has its own error to raise
         except BaseException as error:  # noqa: BLE001  handed to the conductor, who raises it

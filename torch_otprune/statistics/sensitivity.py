@@ -137,6 +137,8 @@ def _probe(
     found.power += sum(t.detach().double().square().sum().cpu() for t in outputs)
     calls = [(path, tap.axis, x, z) for path, tap in taps.items() for x, z in tap.calls]
     points = [point for _, _, x, z in calls for point in (x, z)]
+    if not points or not outputs:  # nothing to cut, or nothing differentiable comes out
+        return
     generator = torch.Generator().manual_seed(seed)
     for draw in range(draws):
         signs = [_signs(t, generator) for t in outputs]

@@ -265,7 +265,8 @@ class _Walk:
 
     def _judge(self, node: Any) -> None:
         """Say why channels on this node cannot go, or tie those that must go together."""
-        for side in [s for (key, s) in list(self.seen) if key == id(node)]:
+        sides: tuple[Side, ...] = ("out", "in", "through")
+        for side in (s for s in sides if (id(node), s) in self.seen):
             for reason in self._objections(node, side):
                 self._blame(node, side, reason)
             self._tie(node, side)

@@ -78,6 +78,7 @@ class Diagnosis(_Frozen):
     """Every parameter of a model as prunable, blocked or fixed; together they are 100 %.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> found = doctor(model, torch.zeros(1, 4))
         >>> found.elements("prunable"), found.elements("blocked"), found.elements("fixed")

@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_otprune.errors import CalibrationError
+
 __all__ = [
     "Call",
     "batch_size",
     "evaluating",
+    "first_line",
     "flat_tensors",
     "head",
     "joined",
     "make",
     "map_tensors",
     "run",
+    "run_checked",
 ]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -79,6 +83,44 @@ def _named(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         return dict(batch)
     names = {p.name for p in parameters}
     return {key: value for key, value in batch.items() if key in names}
+
+
+def first_line(error: BaseException) -> str:
+    """Take the first line of an error's message that says something.
+
+    Args:
+        error: any error.
+
+    Returns:
+        one line; the error's type where it has no message.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(":")
+
+
+def run_checked(model: nn.Module, batch: Any, index: int) -> Any:
+    """Call the model on one of several batches, and name the batch where that fails.
+
+    Args:
+        model: any module.
+        batch: as for `run`.
+        index: the batch's place in the data.
+
+    Returns:
+        what the model returns.
+
+    Raises:
+        CalibrationError: if the model does not run on the batch.
+    """
+    try:
+        return run(model, batch)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in flat_tensors(batch))
+        raise CalibrationError(
+            f"the model does not run on batch {index}: {first_line(error)}.",
+            where=f"{type(model).__name__}, batch of shape {shapes or type(batch).__name__}",
+            fix="make every batch one that the model's forward takes.",
+        ) from error
 
 
 def map_tensors(tree: Any, function: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import nn
 from torch_otprune.errors import StructureError
 from torch_otprune.structure.costs import cost_models
 from torch_otprune.structure.depgraph import Component, components
+from torch_otprune.structure.forward import first_line, flat_tensors
 from torch_otprune.structure.graph import Blocked, Graph, Group, Member, Side
 from torch_otprune.structure.layers import bare_axis, channels
 from torch_otprune.structure.probe import Probe, probe
@@ -94,18 +95,12 @@ def _probe(model: nn.Module, example: Any) -> Probe:
     try:
         return probe(model, example)
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(example))
+        shapes = ", ".join(str(tuple(t.shape)) for t in flat_tensors(example))
         raise StructureError(
-            f"the model does not run on the example: {str(error).splitlines()[0]}",
+            f"the model does not run on the example: {first_line(error)}",
             where=f"{type(model).__name__}, example of shape {shapes or type(example).__name__}",
             fix="pass a batch as the model's forward takes it.",
         ) from error
-
-
-def _tensors(example: Any) -> Iterable[torch.Tensor]:
-    from torch_otprune.structure.forward import flat_tensors
-
-    return flat_tensors(example)
 
 
 def _assemble(
@@ -122,11 +117,11 @@ def _assemble(
         key = tuple(sorted((p, s, len(i)) for (p, s), i in sides.items()))
         families[key].append(sides)
         reasons[key] |= component.reasons | _structural(sides, notes)
-    groups, blocked = [], []
+    groups, blocked, shared = [], [], _tied(model)
     for key, units in families.items():
         members = _members(modules, key, units, rank)
         name = _name(members)
-        tied = _tied(model, members)
+        tied = {why for m in members for why in shared.get(m.path, ())}
         why = _telling(reasons[key] | tied)
         if why:
             blocked.append(Blocked(name, tuple(m.path for m in members), "; ".join(why), _fix(why)))
@@ -204,16 +199,17 @@ def _name(members: tuple[Member, ...]) -> str:
     return next(m.path for m in members if m.side == "out")
 
 
-def _tied(model: nn.Module, members: tuple[Member, ...]) -> set[str]:
+def _tied(model: nn.Module) -> dict[str, set[str]]:
     """Object to weights that another module shares: cutting one would leave the other."""
     owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name)
-    mine = {m.path for m in members}
-    shared = [
-        o for o in owners.values() if len(o) > 1 and any(n.rpartition(".")[0] in mine for n in o)
-    ]
-    return {f"{' and '.join(repr(n) for n in names)} are one tensor" for names in shared}
+    reasons: dict[str, set[str]] = defaultdict(set)
+    for names in (names for names in owners.values() if len(names) > 1):
+        for name in names:
+            said = f"{' and '.join(map(repr, names))} are one tensor"
+            reasons[name.rpartition(".")[0]].add(said)
+    return reasons
 
 
 _FIXES = {

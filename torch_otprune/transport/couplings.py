@@ -43,8 +43,8 @@ def coupling(
         cost: ground cost, finite.
         a: source weights; None is uniform with total 1.
         b: target weights; None likewise.
-        eps: temperature, relative to the mean cost; None takes an exact plan where the table
-            finds it cheap and 0.02 elsewhere, 0 insists on an exact one.
+        eps: temperature, relative to the mean size of the cost; None takes an exact plan where
+            the table finds it cheap and 0.02 elsewhere, 0 insists on an exact one.
         relax: price of a wrong source and target marginal, relative to the mean cost: infinity is
             a hard marginal, 0 a free one; (inf, 0) is the semi-relaxed problem.
         solver: a line of the dispatch table, or `auto`.
@@ -150,7 +150,7 @@ def couplings(
         return [_solve(*problem, ask) for problem in zip(problems, a, b, strict=True)]
     for problem in zip(problems, a, b, strict=True):
         _same_total(*problem[1:], relax)
-    heat = eps * costs.mean((1, 2))
+    heat = eps * costs.abs().mean((1, 2))
     heat = heat.where(heat > 0, heat.new_ones(()))
     damp = (damping(relax[0], eps), damping(relax[1], eps))
     found = scaling(costs, a, b, heat, damp=damp, tol=tol, limit=limit)
@@ -244,8 +244,16 @@ def _choice(geometry: Geometry, a: Tensor, b: Tensor, ask: _Ask) -> Choice:
         )
         return Choice("exact", "eps=0 insists on an exact plan", ())
     equal = all(float(w.max() - w.min()) <= 1e-6 * float(w.max()) for w in (a, b))
+    known = not isinstance(geometry, Cloud) or geometry.p in {1, 2}  # to KeOps
     problem = Problem(
-        n, m, d, like.device.type, "plan", equal, ask.relax == HARD, bool(ask.eps), available
+        n,
+        m,
+        d,
+        like.device.type,
+        uniform=equal,
+        hard=ask.relax == HARD,
+        entropic=bool(ask.eps),
+        keops=available if known else lambda: False,
     )
     return choose(problem, ask.solver)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_otprune.transport.checks import cloud, finite, refuse, same_space
 from torch_otprune.transport.cost import root
 
-__all__ = ["GaussianMap", "gaussian", "gaussian_points", "matrix_root"]
+__all__ = ["GaussianMap", "fitting", "gaussian", "gaussian_points", "matrix_root"]
 
 FULL = 4096  # dimensions up to which covariances are formed
 RANK = 512  # directions kept above that
@@ -78,12 +78,7 @@ def gaussian(
     """
     mean_x, cov_x = finite(mean_x, "mean_x").double(), finite(cov_x, "cov_x").double()
     mean_y, cov_y = finite(mean_y, "mean_y").double(), finite(cov_y, "cov_y").double()
-    refuse(
-        cov_x.shape != cov_y.shape or cov_x.shape[-2:] != (mean_x.shape[-1],) * 2,
-        f"covariances of shapes {tuple(cov_x.shape)} and {tuple(cov_y.shape)} do not fit.",
-        where=f"gaussian, means of {mean_x.shape[-1]} and {mean_y.shape[-1]} dimensions",
-        fix="pass square covariances of the same size as the means.",
-    )
+    fitting(mean_x, cov_x, mean_y, cov_y)
     with torch.no_grad():
         there, bures = _bures(cov_x, cov_y)
         back, _ = _bures(cov_y, cov_x)
@@ -159,6 +154,16 @@ def matrix_root(
     raised = values.where(kept, values.new_ones(())).pow(power).where(kept, values.new_zeros(()))
     root_of: Tensor = (vectors * raised[..., None, :]) @ vectors.mT
     return root_of
+
+
+def fitting(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> None:
+    """Refuse moments of different sizes."""
+    refuse(
+        cov_x.shape != cov_y.shape or cov_x.shape[-2:] != (mean_x.shape[-1],) * 2,
+        f"covariances of shapes {tuple(cov_x.shape)} and {tuple(cov_y.shape)} do not fit.",
+        where=f"gaussian, means of {mean_x.shape[-1]} and {mean_y.shape[-1]} dimensions",
+        fix="pass square covariances of the same size as the means.",
+    )
 
 
 def _bures(cov_x: Tensor, cov_y: Tensor) -> tuple[Tensor, Tensor]:

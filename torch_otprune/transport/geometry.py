@@ -45,7 +45,7 @@ class Geometry(ABC):
 
     @abstractmethod
     def mean(self) -> float:
-        """Average the cost over all pairs."""
+        """Average the size of the cost over all pairs."""
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Walk over the rows."""
@@ -88,7 +88,7 @@ class Stored(Geometry):
 
     def mean(self) -> float:
         """Average the cost over all pairs."""
-        return float(self.cost.mean(dtype=torch.float64))
+        return float(self.cost.abs().mean(dtype=torch.float64))
 
 
 @dataclass(frozen=True)

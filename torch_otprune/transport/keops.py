@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_otprune.transport.checks import refuse
+
 __all__ = ["available", "import_keops", "softmin_keops", "unavailable_because"]
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,12 @@ def softmin_keops(
     Returns:
         one soft minimum per source, in the unit of the cost.
     """
+    refuse(
+        p not in {1, 2},
+        f"the KeOps solver knows p=1 and p=2, not {p:g}.",
+        where="argument solver",
+        fix="use solver='blocks'.",
+    )
     formula = "SqDist(X,Y)" if p == 2 else "Norm2(X-Y)"
     return -eps * _logsumexp(formula, x, y, h, eps)
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.transport.checks import cloud, finite, order_of, refuse, same_space
+from torch_otprune.transport.checks import cloud, order_of, same_space
 from torch_otprune.transport.cost import root, sqdist
 from torch_otprune.transport.exact import solve_line
 from torch_otprune.transport.line import quantiles, wasserstein_1d
@@ -239,13 +239,7 @@ def sliced_kernel(
     Returns:
         a symmetric matrix with ones on its diagonal.
     """
-    features = finite(features, "features")
-    refuse(
-        features.ndim != 2,
-        f"features of shape {tuple(features.shape)} are no matrix.",
-        where="sliced_kernel, argument features",
-        fix="stack one row per cloud.",
-    )
+    features = cloud(features, "features")
     squared = sqdist(features)
     if gamma is None:
         away = squared[~torch.eye(len(squared), dtype=torch.bool, device=squared.device)]
