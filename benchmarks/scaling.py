@@ -22,7 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cifar
-from benchmarks.common import Panel, environment, measured, save_picture, write_json
+from benchmarks.common import Panel, environment, markdown, measured, save_picture, write_json
 
 OUT = Path(__file__).resolve().parent / "results" / "scaling.json"
 
@@ -142,7 +142,32 @@ def main(words: Sequence[str] | None = None) -> None:
         measure("resnet50-sized", resnet50(), torch.randn(64, 3, 224, 224).split(16), "50%")
     )
     write_json(given.out, {"question": __doc__, "environment": environment(0), "rows": rows})
+    given.out.with_suffix(".md").write_text(table(rows) + "\n")
     draw(growth, given.out.with_suffix(".png"))
+
+
+COLUMNS = {
+    "net": "net",
+    "groups": "groups",
+    "forward_s": "plain forward, s",
+    "trace_s": "trace, s",
+    "calibrate_s": "calibrate, s",
+    "calibrate_over_forward": "calibrate / forward",
+    "plan_s": "plan, s",
+    "apply_s": "apply, s",
+    "statistics_mib": "statistics, MiB",
+    "extra_mib": "extra memory, MiB",
+}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Write the rows in markdown."""
+    cells = [[_cell(row[key]) for key in COLUMNS] for row in rows]
+    return markdown(list(COLUMNS.values()), cells)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -40,11 +40,15 @@ class Method:
         run: two clouds and a purpose in, an answer out.
         pairs: cost entries it can hold or walk over in the time limit.
         work: entries times dimensions, likewise.
+        purposes: what it can be asked for.
+        only_line: whether it knows one dimension only.
     """
 
     run: Callable[[Tensor, Tensor, str], Answer]
     pairs: float = 2.0e8
     work: float = math.inf
+    purposes: tuple[str, ...] = ("value", "gradient", "plan")
+    only_line: bool = False
 
 
 def ours(x: Tensor, y: Tensor, purpose: str) -> Answer:
@@ -58,6 +62,13 @@ def ours(x: Tensor, y: Tensor, purpose: str) -> Answer:
     if purpose == "gradient":
         value.backward()
     return Answer(float(value.detach()), 0.0, "wasserstein")
+
+
+def ours_entropic(x: Tensor, y: Tensor, purpose: str) -> Answer:
+    """Force the temperature that geomloss is given."""
+    found = transport.coupling_points(x, y, eps=EPS)
+    found.barycentric_map(y)
+    return Answer(found.cost**0.5, found.marginal_error, found.solver)
 
 
 def ours_sliced(x: Tensor, y: Tensor, purpose: str) -> Answer:
@@ -100,6 +111,23 @@ def pot_exact(x: Tensor, y: Tensor, purpose: str) -> Answer:
     cost = ot.dist(x.numpy().astype(np.float64), y.numpy().astype(np.float64))
     plan = ot.emd(a, a, cost, numItermax=10**8)
     return Answer(float((plan * cost).sum()) ** 0.5)
+
+
+def pot_line(x: Tensor, y: Tensor, purpose: str) -> Answer:
+    """Sort in POT, which knows the line."""
+    import ot
+
+    if purpose == "plan":
+        a = np.full(len(x), 1 / len(x))
+        left, right = x[:, 0].double().numpy(), y[:, 0].double().numpy()
+        links = ot.emd_1d(left, right, a, a, dense=False)
+        gap = left[links.row] - right[links.col]
+        return Answer(float((links.data * gap**2).sum()) ** 0.5)
+    live = x[:, 0].requires_grad_(purpose == "gradient")
+    total = ot.wasserstein_1d(live, y[:, 0], p=2)
+    if purpose == "gradient":
+        total.backward()
+    return Answer(float(total.detach()) ** 0.5)
 
 
 def pot_sinkhorn(x: Tensor, y: Tensor, purpose: str) -> Answer:
@@ -158,12 +186,14 @@ def geomloss(backend: str, scaling: float) -> Callable[[Tensor, Tensor, str], An
 
 METHODS = {
     "ours": Method(ours, work=3e11),
-    "ours sliced": Method(ours_sliced, pairs=math.inf),
-    "ours gaussian": Method(ours_gaussian, pairs=math.inf),
+    "ours, eps 0.02": Method(ours_entropic, purposes=("plan",)),
+    "ours sliced": Method(ours_sliced, pairs=math.inf, purposes=("value",)),
+    "ours gaussian": Method(ours_gaussian, pairs=math.inf, purposes=("value",)),
     "scipy assignment": Method(scipy_assignment, pairs=1e8, work=1e11),
+    "POT line": Method(pot_line, pairs=math.inf, only_line=True),
     "POT exact": Method(pot_exact, pairs=1e8, work=3e11),
     "POT Sinkhorn": Method(pot_sinkhorn, pairs=1e8),
-    "POT lazy": Method(pot_lazy, pairs=3e5, work=5e6),
+    "POT lazy": Method(pot_lazy, pairs=3e5, work=5e6, purposes=("value",)),
     "geomloss tensorised": Method(geomloss("tensorized", 0.9), pairs=1e8),
     "geomloss tensorised, scaling .99": Method(geomloss("tensorized", 0.99), pairs=5e6),
     "geomloss online": Method(geomloss("online", 0.9), pairs=1e8, work=4e8),

@@ -63,18 +63,23 @@ def test_leaving_leaves_no_trace(name: str, training: bool) -> None:
 def test_leaving_by_an_exception_leaves_no_trace() -> None:
     model = CASES["residual"].model().train()
     before = marks(model)
-    with pytest.raises(KeyError), otp.attach(model, POLICY) as attached:
-        otp.observe(attached, [CASES["residual"].batch(16)])
-        raise KeyError
+    with pytest.raises(KeyError):
+        _fail(model, KeyError())
     assert marks(model) == before
+
+
+def _fail(model: nn.Module, error: Exception) -> None:
+    with otp.attach(model, POLICY) as attached:
+        otp.observe(attached, [CASES["residual"].batch(16)])
+        raise error
 
 
 def test_a_forward_that_fails_leaves_no_trace() -> None:
     model = CASES["residual"].model()
     before = marks(model)
-    with pytest.raises(RuntimeError), otp.attach(model, POLICY) as attached:
-        otp.observe(attached, [CASES["residual"].batch(16)])
-        model(torch.zeros(2, 3, dtype=torch.float64))
+    batches = [CASES["residual"].batch(16), torch.zeros(2, 3, dtype=torch.float64)]
+    with otp.attach(model, POLICY) as attached, pytest.raises(CalibrationError):
+        otp.observe(attached, batches)
     assert marks(model) == before
 
 
@@ -130,6 +135,7 @@ def test_it_works_inside_inference_mode() -> None:
     with otp.attach(model, POLICY) as attached:
         with torch.inference_mode():
             model(CASES["plain"].batch(16))
+        model(CASES["plain"].batch(16))
         assert attached.plan().cuts
 
 
@@ -167,6 +173,18 @@ def test_memory_is_quoted_before_and_kept(name: str) -> None:
         seen = attached._recorder.moments.values()
         real = sum(t.untyped_storage().nbytes() for m in seen for t in (m.total, m.product))
     assert 0 < real <= quoted == attached.bytes
+
+
+def test_a_function_s_batches_are_seen_once() -> None:
+    def feed(model: nn.Module) -> None:
+        model(CASES["plain"].batch(16))
+
+    model = CASES["plain"].model()
+    with otp.attach(model, POLICY) as attached:
+        for seen in (16, 32):
+            assert otp.observe(attached, feed).samples == seen
+            assert attached._recorder is not None
+            assert attached._recorder.moments["10"].count == seen
 
 
 def test_an_example_is_no_sample() -> None:

@@ -30,7 +30,7 @@ from torch_otprune.structure import Call, Graph, batch_size, evaluating, head, t
 from torch_otprune.structure.forward import run_checked
 from torch_otprune.structure.trace import check
 
-__all__ = ["Attached", "attach", "observe"]
+__all__ = ["Attached", "attach", "check_unattached", "observe"]
 
 _log = logging.getLogger(__name__)
 _EXAMPLE = 2  # samples of the first batch that the trace runs on
@@ -63,16 +63,28 @@ def attach(model: nn.Module, policy: Policy | None = None, *, example: Any = Non
             where=f"attach({type(model).__name__})",
             fix="pass a Policy, or declare one with @otp.prunable on the class.",
         )
+    check_unattached(model)
+    classes = module_classes(model)
+    for index, rule in enumerate(found.rules):
+        match(rule.targets, rule.ignore, classes, where=f"Policy.rules[{index}]")
+    return Attached(model, found, example)
+
+
+def check_unattached(model: nn.Module) -> None:
+    """Refuse a model that is being watched: its hooks would watch the work on it.
+
+    Args:
+        model: any module.
+
+    Raises:
+        StructureError: if a policy is attached.
+    """
     if any(isinstance(h, _Watch) and h.attached for h in model._forward_pre_hooks.values()):
         raise StructureError(
             "a policy is attached to this model already.",
             where=type(model).__name__,
             fix="remove the first attachment, or leave its `with` block.",
         )
-    classes = module_classes(model)
-    for index, rule in enumerate(found.rules):
-        match(rule.targets, rule.ignore, classes, where=f"Policy.rules[{index}]")
-    return Attached(model, found, example)
 
 
 def observe(attached: Attached, data: Iterable[Any] | Callable[[nn.Module], Any]) -> Attached:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_otprune.attach import attach, observe
+from torch_otprune.attach import attach, check_unattached, observe
 from torch_otprune.plan import Cut, Plan
 from torch_otprune.policy import Policy
 from torch_otprune.repair import Note, Patient, Repair
@@ -48,7 +48,8 @@ def prune_(
         OTPruneError: with the model as it was.
     """
     with attach(model, policy) as attached:
-        batches = collect(model, data, attached.policy.calibration.samples)
+        with attached.unwatched():  # where data is a function, its runs are listened to
+            batches = collect(model, data, attached.policy.calibration.samples)
         observe(attached, batches)
         progress("plan", 0, 1)
         plan = attached.plan()
@@ -78,6 +79,7 @@ def apply_(
     Raises:
         OTPruneError: with the model as it was.
     """
+    check_unattached(model)
     check_plan(model, plan)
     batches = rebatched(collect(model, data, plan.policy.calibration.samples))
     watch = Stopwatch(progress)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -33,6 +35,7 @@ class Table(Generic[S]):
 
     Args:
         noun: what an entry is called in errors.
+        home: the package that registers our own entries, imported when first asked for one.
 
     Example:
         >>> COLOURS: Table[Setting] = Table("colour")
@@ -48,9 +51,15 @@ class Table(Generic[S]):
         (False, ['red'])
     """
 
-    def __init__(self, noun: str) -> None:
-        self.noun = noun
-        self._classes: dict[str, type[Setting]] = {}
+    def __init__(self, noun: str, home: str | None = None) -> None:
+        self.noun, self.home = noun, home
+        self._registered: dict[str, type[Setting]] = {}
+
+    @property
+    def _classes(self) -> dict[str, type[Setting]]:
+        if self.home is not None and self.home not in sys.modules:
+            import_module(self.home)
+        return self._registered
 
     @property
     def plural(self) -> str:
@@ -76,21 +85,21 @@ class Table(Generic[S]):
                 where=where,
                 fix="give its field `kind` a literal type and a snake_case default.",
             )
-        taken = self._classes.get(kind, cls)
+        taken = self._registered.get(kind, cls)
         if (other := f"{taken.__module__}.{taken.__qualname__}") != where:
             raise PolicyError(
                 f"the {self.noun} {kind!r} is already registered.",
                 where=f"{where} and {other}",
                 fix="rename one of the two.",
             )
-        self._classes[kind] = cls
+        self._registered[kind] = cls
         return cls
 
     def remove(self, kind: str) -> None:
         """Take a kind out again, for instance at the end of a test."""
         with translated(self.noun):
             self._find(kind)
-        del self._classes[kind]
+        del self._registered[kind]
 
     def resolve(self, value: str | Mapping[str, Any] | Setting) -> S:
         """Turn a bare name, a table of settings or an instance into an instance.
@@ -200,6 +209,6 @@ def _dump(value: Setting, info: core_schema.SerializationInfo) -> dict[str, Any]
     return value.model_dump(mode=info.mode)
 
 
-CRITERIA: Table[Setting] = Table("criterion")
-REPAIRS: Table[Setting] = Table("repair")
+CRITERIA: Table[Setting] = Table("criterion", home="torch_otprune.criteria")
+REPAIRS: Table[Setting] = Table("repair", home="torch_otprune.repair")
 RULES: Table[Setting] = Table("rule")

@@ -82,6 +82,7 @@ class Recorder:
             handle.remove()
         self.handles.clear()
 
+    @torch.inference_mode(False)  # else only inference mode could go on with the sums
     @torch.no_grad()
     def see(self, path: str, module: nn.Module, x: Tensor) -> None:
         """Add one layer's input.

@@ -77,6 +77,8 @@ def _rank() -> int:
 
 
 def _row(batch: Any, row: int, size: int) -> Any:
-    return map_tensors(
-        batch, lambda t: t[row : row + 1].clone() if t.dim() and len(t) == size else t
-    )
+    def take(t: torch.Tensor) -> torch.Tensor:
+        return t[row : row + 1].detach().clone() if t.dim() and len(t) == size else t
+
+    with torch.inference_mode(False):  # gradients will be asked of these
+        return map_tensors(batch, take)

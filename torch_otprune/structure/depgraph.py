@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.errors import StructureError
-from torch_otprune.structure.forward import evaluating, flat_tensors, run
+from torch_otprune.structure.forward import evaluating, flat_tensors, map_tensors, run
 from torch_otprune.structure.graph import Side
 from torch_otprune.structure.layers import Conv, channels, is_depthwise
 
@@ -88,7 +88,8 @@ def components(model: nn.Module, example: Any) -> list[Component]:
     """
     inner = _Inner()
     with evaluating(model), _differentiable(model), _watched(model, inner):
-        graph, outputs = _trace(model, example)
+        # what was made in inference mode cannot be followed, but its copy can
+        graph, outputs = _trace(model, map_tensors(example, torch.clone))
     return _Walk(model, graph, outputs, inner.nodes).components()
 
 
@@ -129,7 +130,7 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(parameter.is_floating_point())
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for parameter, flag in flags:

@@ -1,0 +1,85 @@
+"""One rank or two: the same bytes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+ROOT = Path(__file__).parent.parent
+
+WORKER = """
+import sys
+import torch
+import torch.distributed as dist
+import torch_otprune as otp
+from tests.cases import CASES
+
+torch.set_num_threads(1)
+rank, world, name, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+if world > 1:
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+policy = otp.Policy(
+    rules=otp.Channels(), budget=otp.Budget(macs=0.6),
+    calibration=otp.Calibration(samples=32 // world, probe=16),
+)
+model, batch = CASES[name].model(), CASES[name].batch(32)
+share = batch[rank::world]
+with otp.attach(model, policy) as attached:
+    plan = otp.observe(attached, list(share.split(5))).plan()
+report = otp.apply_(model, plan, list(share.split(7)))
+text = plan.model_copy(update={"policy": policy.model_copy(update={"calibration": otp.Calibration()})})
+answer = torch.cat([v.flatten().double() for v in model.state_dict().values()])
+torch.save((text.to_json(), answer), out)
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def _run(world: int, name: str, folder: Path) -> list[Path]:
+    """Run the worker on some ranks of this machine."""
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    files = [folder / f"{name}-{world}-{rank}.pt" for rank in range(world)]
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(world), name, str(file)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank, file in enumerate(files)
+    ]  # fmt: skip
+    try:
+        for job in jobs:
+            said, _ = job.communicate(timeout=120)
+            assert job.returncode == 0, said
+    finally:
+        for job in jobs:
+            job.kill()
+    return files
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+@pytest.mark.parametrize("name", ["residual", "mlp"])
+def test_the_plan_is_byte_identical_on_one_and_two_ranks(name: str, tmp_path: Path) -> None:
+    import torch
+
+    found = [torch.load(f) for world in (1, 2) for f in _run(world, name, tmp_path)]
+    texts, weights = zip(*found, strict=True)
+    assert texts[0] == texts[1] == texts[2]
+    assert torch.equal(weights[1], weights[2])
