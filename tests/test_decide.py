@@ -61,7 +61,7 @@ OPS: dict[str, tuple[Any, int]] = {
     "where": (lambda x: torch.where(x > 0, x, 0.1 * x), 8),
     "glu": (lambda x: nn.functional.glu(x, 1), 4),
     "unbind": (lambda x: torch.stack(x.unbind(1)[::-1], 1), 8),
-    "group mean": (lambda x: x - x.view(len(x), 2, -1).mean(2)[:, :, None, None].repeat_interleave(4, 1), 8),
+    "group mean": (lambda x: x - x.unflatten(1, (2, 4)).mean(2).repeat_interleave(4, 1), 8),
 }  # fmt: skip
 
 

@@ -186,7 +186,7 @@ def _solve(geometry: Geometry, a: Tensor | None, b: Tensor | None, ask: _Ask) ->
     a, b = masses(a, like.new_empty(0, 0), n, "a"), masses(b, like.new_empty(0, 0), m, "b")
     b = _same_total(a, b, ask.relax)
     choice = _choice(geometry, a, b, ask)
-    if _paired(geometry, a, b, ask):
+    if choice.solver != "line" and _paired(geometry, a, b, ask):
         choice = Choice("paired", "no target is nearer to any source than its own partner", ())
     why = str(choice).partition(": ")[2] if ask.explain else choice.why
     links = _links(geometry, a, b, choice.solver)

@@ -113,7 +113,9 @@ def solve_line(
 
     Source: Peyré & Cuturi 2019, Remark 2.30.
     """
-    xs, ys = x.sort(stable=True).indices, y.sort(stable=True).indices
+    xs, ys = _order(x), _order(y)
+    if len(x) == len(y) and _uniform(a) and _uniform(b):
+        return Links(xs, ys, a.double())
     left, right = a.double()[xs].cumsum(0), b.double()[ys].cumsum(0)
     right = right * (left[-1] / right[-1])
     level = torch.cat([left, right]).sort().values
@@ -147,6 +149,13 @@ def duals(cost: Float[Tensor, "n m"], links: Links) -> tuple[Tensor, Tensor]:
             break
         g = new
     return (cost - g).amin(1), g
+
+
+def _order(x: Tensor) -> Tensor:
+    """Sort positions; on a CPU by numpy, whose vector sort is several times faster."""
+    if x.device.type != "cpu":
+        return x.sort(stable=True).indices
+    return torch.from_numpy(np.argsort(x.detach().contiguous().numpy()))
 
 
 def _uniform(weights: Tensor) -> bool:
