@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import torch_otprune  # noqa: F401  fills the tables
 from tests.cases import CASES, cut, outputs, random_cuts
+from torch_otprune.errors import RepairError
 from torch_otprune.plan import Cut
 from torch_otprune.policy.registry import REPAIRS
 from torch_otprune.repair import Note, Patient, Repair
@@ -242,6 +243,29 @@ def test_a_layer_that_runs_twice_is_left_alone() -> None:
     model, x = Twice().double(), torch.randn(16, 6, dtype=torch.float64)
     notes = repair("least_squares").apply_(patient(model, [x]))
     assert {n.text for n in notes} == {"runs more than once per forward pass"}
+
+
+class Choosy(nn.Module):
+    """Takes another way for some batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.other = nn.Linear(6, 10), nn.Linear(10, 6), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.up(x))
+        return self.down(h) + (self.other(h) if x[0, 0] > 0 else 0)
+
+
+def test_batches_that_take_different_ways_are_refused() -> None:
+    model, x = Choosy().double(), torch.randn(16, 6, dtype=torch.float64)
+    one, two = x.clone(), x.clone()
+    one[0, 0], two[0, 0] = 1, -1
+    sick = patient(model, [one, two])
+    with pytest.raises(RepairError) as error:
+        repair("least_squares").apply_(sick)
+    assert error.value.problem == "not every batch runs the same layers in the same order."
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in sick.small.modules())
 
 
 def test_shapes_may_differ_between_batches() -> None:

@@ -82,8 +82,7 @@ def apply_(
     check_unattached(model)
     check_plan(model, plan)
     batches = rebatched(collect(model, data, plan.policy.calibration.samples))
-    watch = Stopwatch(progress)
-    snapshot, dense = Snapshot(model), copy.deepcopy(model)
+    watch, snapshot, dense = Stopwatch(progress), Snapshot(model), copy.deepcopy(model)
     try:
         with watch("analyse"):
             graph = trace(dense, batches[0])

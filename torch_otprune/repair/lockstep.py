@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from torch_otprune.errors import RepairError
 from torch_otprune.statistics.reduce import all_sum_
 from torch_otprune.structure.forward import Call, evaluating, flat_tensors, run, run_checked
 from torch_otprune.structure.graph import Tail
@@ -114,11 +115,23 @@ class Lockstep:
         for _ in self.sites:
             # The model says where it stopped: a shortcut that runs first may be added last.
             pauses = [(dense.advance(), small.advance()) for dense, small in self.walkers]
-            mend(by_path[pauses[0][1].path], pauses)
+            mend(by_path[_common(pauses)], pauses)
         for pair in self.walkers:
             for walker in pair:
                 walker.advance()
         return [(dense.result, small.result) for dense, small in self.walkers]
+
+
+def _common(pauses: Sequence[tuple[Pause | None, Pause | None]]) -> str:
+    """Name the site where every batch stopped, in both models."""
+    paths = {pause.path if pause else "the output" for pair in pauses for pause in pair}
+    if len(paths) > 1 or "the output" in paths:
+        raise RepairError(
+            "not every batch runs the same layers in the same order.",
+            where=f"calibration batches that stand at {', '.join(sorted(paths))}",
+            fix="use repair 'norm' or 'none', or batches that take the same way.",
+        )
+    return paths.pop()
 
 
 class _Walker:

@@ -112,9 +112,12 @@ class Coupling:
         Returns:
             one mean per source, in the unit of the values; zero where no mass leaves.
         """
-        total = self.apply(values.new_ones(len(values)))
-        safe = total.where(total > 0, total.new_ones(()))
-        return self.apply(values) / safe.reshape(-1, *[1] * (values.ndim - 1))
+        flat = values.reshape(len(values), -1)
+        # One walk over the plan gives the sums and what they are divided by.
+        out = self.apply(torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1))
+        total = out[:, -1:]
+        mean = out[:, :-1] / total.where(total > 0, total.new_ones(()))
+        return mean.reshape(len(self.a), *values.shape[1:])
 
     def assignment(self) -> Int[Tensor, " n"]:
         """Name the target that receives most of each source; ties go to the lowest index."""
