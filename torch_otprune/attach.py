@@ -26,6 +26,7 @@ from torch_otprune.statistics import (
     consumers,
     quote,
 )
+from torch_otprune.statistics.reduce import share
 from torch_otprune.structure import Call, Graph, batch_size, evaluating, head, trace
 from torch_otprune.structure.forward import run_checked
 from torch_otprune.structure.trace import check
@@ -103,7 +104,7 @@ def observe(attached: Attached, data: Iterable[Any] | Callable[[nn.Module], Any]
     """
     model = attached.model
     with attached.unwatched():  # a callable runs the model to show its batches
-        batches = collect(model, data, attached.policy.calibration.samples)
+        batches = collect(model, data, share(attached.policy.calibration.samples))
     with evaluating(model), torch.no_grad():
         for index, batch in enumerate(batches):
             run_checked(model, batch, index)
@@ -270,7 +271,7 @@ class Attached:
         if self.graph is None:
             self._analyse(batch)
         calibration = self.policy.calibration
-        wanted = self.samples < calibration.samples
+        wanted = self.samples < share(calibration.samples)
         self._recorder.active = wanted
         if wanted:
             self.samples += batch_size(batch)

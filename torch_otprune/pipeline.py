@@ -14,6 +14,7 @@ from torch_otprune.policy import Policy
 from torch_otprune.repair import Note, Patient, Repair
 from torch_otprune.report import Report
 from torch_otprune.statistics import collect, rebatched
+from torch_otprune.statistics.reduce import share
 from torch_otprune.store import forget, remember
 from torch_otprune.structure import Graph, trace
 from torch_otprune.surgery import Snapshot, check_plan, cut_
@@ -49,7 +50,7 @@ def prune_(
     """
     with attach(model, policy) as attached:
         with attached.unwatched():  # where data is a function, its runs are listened to
-            batches = collect(model, data, attached.policy.calibration.samples)
+            batches = collect(model, data, share(attached.policy.calibration.samples))
         observe(attached, batches)
         progress("plan", 0, 1)
         plan = attached.plan()
@@ -81,7 +82,7 @@ def apply_(
     """
     check_unattached(model)
     check_plan(model, plan)
-    batches = rebatched(collect(model, data, plan.policy.calibration.samples))
+    batches = rebatched(collect(model, data, share(plan.policy.calibration.samples)))
     watch, snapshot, dense = Stopwatch(progress), Snapshot(model), copy.deepcopy(model)
     try:
         with watch("analyse"):

@@ -214,7 +214,8 @@ class Calibration(Declaration):
     """
 
     samples: Count = Field(
-        default=1024, description="samples read at most; further batches are not run"
+        default=1024,
+        description="samples read at most, over all ranks; further batches are not run",
     )
     rows_per_dim: Count = Field(
         default=8,

@@ -33,7 +33,7 @@ class Note:
     Args:
         kind: the repair.
         site: module path, or `model`.
-        before: relative squared error against the dense model before.
+        before: relative squared error against the dense model before; None where unmeasured.
         after: the same afterwards.
         accepted: whether the change was kept.
         text: why not, or what is worth knowing.
@@ -41,8 +41,8 @@ class Note:
 
     kind: str
     site: str
-    before: float
-    after: float
+    before: float | None
+    after: float | None
     accepted: bool
     text: str = ""
 

@@ -40,7 +40,7 @@ class Bias(Repair):
             if why := patient.unfit(path) or (
                 "" if patient.absorbs(path) else "has neither bias nor batch-norm"
             ):
-                notes.append(Note(self.kind, path, 1.0, 1.0, accepted=False, text=why))
+                notes.append(Note(self.kind, path, None, None, accepted=False, text=why))
             else:
                 sites.append(Site(path, patient.graph.tails[path]))
         worker = _Shift(patient, notes)

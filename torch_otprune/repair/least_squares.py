@@ -69,7 +69,7 @@ class LeastSquares(Repair):
         sites, notes = [], []
         for path in (p for p in patient.graph.order if p in wanted):
             if why := patient.unfit(path):
-                notes.append(Note(self.kind, path, 1.0, 1.0, accepted=False, text=why))
+                notes.append(Note(self.kind, path, None, None, accepted=False, text=why))
             else:
                 sites.append(Site(path, patient.graph.tails[path]))
         return sites, notes

@@ -42,7 +42,7 @@ class Norm(Repair):
         ]
         if not names:
             return (
-                Note(self.kind, "model", 0.0, 0.0, accepted=False, text="there is no batch-norm"),
+                Note(self.kind, "model", None, None, accepted=False, text="there is no batch-norm"),
             )
         before = distance(patient.dense, patient.small, patient.batches)
         old = {n: _statistics(patient.small.get_submodule(n)) for n in names}

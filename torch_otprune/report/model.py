@@ -104,8 +104,8 @@ class RepairNote(_Frozen):
 
     kind: str
     site: str = Field(description="module path")
-    before: float
-    after: float
+    before: float | None = Field(description="relative squared error; None where unmeasured")
+    after: float | None = Field(description="the same afterwards")
     accepted: bool
     note: str = ""
 

@@ -42,15 +42,17 @@ def kept(after: float, before: float) -> str:
     return f"{after / before:.1%}" if before else "-"
 
 
-def error(value: float) -> str:
+def error(value: float | None) -> str:
     """Write a relative error.
 
     Args:
-        value: at least 0, maybe infinite.
+        value: at least 0, maybe infinite; None where nothing was measured.
 
     Returns:
         such as `0.123`, `4.2e+06` or `infinite`.
     """
+    if value is None:
+        return "–"
     if value == float("inf"):
         return "infinite"
     return f"{value:.3f}" if value < 1000 else f"{value:.1e}"

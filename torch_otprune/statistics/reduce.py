@@ -8,12 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_sum_", "first_rank_", "ranks"]
+__all__ = ["all_sum_", "first_rank_", "ranks", "share"]
 
 
 def ranks() -> int:
     """Count the processes that share the work."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share(samples: int) -> int:
+    """Divide a number of samples among the ranks, rounding up."""
+    return -(-samples // ranks())
 
 
 def all_sum_(tensors: Iterable[Tensor]) -> None:
