@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch_otprune.attach import Attached, attach, observe
-    from torch_otprune.errors import OTPruneError, OTPruneWarning
+    from torch_otprune.errors import OTPruneError
     from torch_otprune.pipeline import apply_, prune_
     from torch_otprune.plan import Plan
     from torch_otprune.policy import Budget, Calibration, Channels, Policy, prunable
@@ -26,7 +26,6 @@ __all__ = [
     "Channels",
     "Diagnosis",
     "OTPruneError",
-    "OTPruneWarning",
     "Plan",
     "Policy",
     "Report",

@@ -31,10 +31,10 @@ from torch_otprune.structure import Call, Graph, batch_size, evaluating, head, t
 from torch_otprune.structure.forward import run_checked
 from torch_otprune.structure.trace import check
 
-__all__ = ["Attached", "attach", "check_unattached", "observe"]
+__all__ = ["EXAMPLE", "Attached", "attach", "check_unattached", "observe"]
 
 _log = logging.getLogger(__name__)
-_EXAMPLE = 2  # samples of the first batch that the trace runs on
+EXAMPLE = 2  # samples of the first batch that the trace runs on
 
 
 def attach(model: nn.Module, policy: Policy | None = None, *, example: Any = None) -> Attached:
@@ -220,7 +220,7 @@ class Attached:
         return self.graph
 
     def _analyse(self, batch: Any) -> None:
-        self._example = head(batch, _EXAMPLE)
+        self._example = head(batch, EXAMPLE)
         self.graph = trace(self.model, self._example)
         self._paths = self._readers(self.graph)
         if "moments" not in self._needs:

@@ -1,4 +1,4 @@
-"""Everything the package raises on purpose, and the one warning it gives."""
+"""Everything the package raises on purpose."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ __all__ = [
     "CalibrationError",
     "LoadError",
     "OTPruneError",
-    "OTPruneWarning",
     "PlanError",
     "PolicyError",
     "RepairError",
@@ -87,7 +86,3 @@ class VerificationError(OTPruneError):
 
 class LoadError(OTPruneError):
     """A saved model that cannot be read, or not with this factory."""
-
-
-class OTPruneWarning(UserWarning):
-    """Something the user can act on."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from torch_otprune.attach import attach, check_unattached, observe
+from torch_otprune.attach import EXAMPLE, attach, check_unattached, observe
 from torch_otprune.plan import Cut, Plan
 from torch_otprune.policy import Policy
 from torch_otprune.repair import Note, Patient, Repair
 from torch_otprune.report import Report
 from torch_otprune.statistics import collect, rebatched
 from torch_otprune.statistics.reduce import share
-from torch_otprune.store import forget, remember
-from torch_otprune.structure import Graph, trace
-from torch_otprune.surgery import Snapshot, check_plan, cut_
+from torch_otprune.store import WayBack
+from torch_otprune.structure import Graph, head, trace
+from torch_otprune.surgery import Snapshot, check_plan, check_slices, copied, cut_
 from torch_otprune.verify import Progress, Stopwatch, quiet, verify
 
 __all__ = ["apply_", "prune_", "repair_"]
@@ -82,36 +82,45 @@ def apply_(
     """
     check_unattached(model)
     check_plan(model, plan)
-    batches = rebatched(collect(model, data, share(plan.policy.calibration.samples)))
-    watch, snapshot, dense = Stopwatch(progress), Snapshot(model), copy.deepcopy(model)
-    try:
+    with torch.inference_mode(mode=False):  # its tensors could never be trained again
+        batches = rebatched(collect(model, data, share(plan.policy.calibration.samples)))
+        watch, snapshot, dense = Stopwatch(progress), Snapshot(model), copied(model)
         with watch("analyse"):
-            graph = trace(dense, batches[0])
-        with watch("cut"):
-            cut_(model, plan.cuts)
-        raw = copy.deepcopy(model)
-        with watch("repair"):
-            notes = repair_(model, dense, graph, plan, batches, progress=progress)
-        with watch("verify"):
-            report = verify(
-                (dense, raw, model),
-                graph,
-                plan,
-                batches,
-                notes=notes,
-                seconds=watch.seconds,
-                timing=timing,
-            )
-    except BaseException:  # whatever happened, the model must be as it was
-        snapshot.restore_()
-        raise
-    remember(model, plan)
+            graph = trace(dense, head(batches[0], EXAMPLE))
+        check_slices(graph, plan)
+        try:
+            notes, raw = _operate(model, dense, graph, plan, batches, watch=watch)
+            with watch("verify"):
+                report = verify(
+                    (dense, raw, model),
+                    graph,
+                    plan,
+                    batches,
+                    notes=notes,
+                    seconds=watch.seconds,
+                    timing=timing,
+                )
+        except BaseException:  # whatever happened, the model must be as it was
+            snapshot.restore_()
+            raise
+    return report.bind_undo_(WayBack(snapshot, plan))
 
-    def undo() -> None:
-        snapshot.restore_()
-        forget(model)
 
-    return report.bind_undo_(undo)
+def _operate(
+    model: nn.Module,
+    dense: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    batches: Sequence[Any],
+    *,
+    watch: Stopwatch,
+) -> tuple[list[Note], nn.Module]:
+    """Cut and repair; return what the repairs did and a copy from before them."""
+    with watch("cut"):
+        cut_(model, plan.cuts)
+    raw = copied(model)
+    with watch("repair"):
+        return repair_(model, dense, graph, plan, batches, progress=watch.progress), raw
 
 
 def repair_(
@@ -136,12 +145,13 @@ def repair_(
     Returns:
         what every repair did.
     """
-    asked: dict[Repair, list[Cut]] = {}
+    asked: dict[tuple[int, Repair], list[Cut]] = {}
     for index, rule in enumerate(plan.policy.rules):
-        for repair in getattr(rule, "repair", ()):
-            asked.setdefault(repair, []).extend(c for c in plan.cuts if c.rule == index)
+        for place, repair in enumerate(rule.repair):
+            assert isinstance(repair, Repair)
+            asked.setdefault((place, repair), []).extend(c for c in plan.cuts if c.rule == index)
     notes: list[Note] = []
-    for repair, cuts in asked.items():
+    for (_, repair), cuts in sorted(asked.items(), key=lambda item: item[0][0]):
         if cuts:
             patient = Patient(
                 dense, model, graph, cuts, plan.cuts, batches, plan.policy.seed, progress

@@ -89,7 +89,7 @@ def verify(
     """
     dense, raw, small = models
     some = _some(batches)
-    costs = _costs(dense, small, plan, some[0])
+    costs = _costs((dense, small), graph, plan, some[0])
     paths = _places(dense, graph, plan)
     errors = [per_layer_error(dense, net, some, paths) for net in (raw, small)]
     expected, cut, mended = (_outputs(net, some) for net in models)
@@ -129,16 +129,21 @@ def _noted(note: Note) -> RepairNote:
     )
 
 
-def _costs(dense: nn.Module, small: nn.Module, plan: Plan, batch: Any) -> dict[str, Cost]:
-    """Count both models and hold the plan to its word."""
+def _costs(
+    models: tuple[nn.Module, nn.Module], graph: Graph, plan: Plan, batch: Any
+) -> dict[str, Cost]:
+    """Count both models and hold the cost model to its word, on this batch's input size."""
+    dense, small = models
+    keep = graph.full() | plan.keep()
     found = {
         "params": Cost(before=count_params(dense), after=count_params(small)),
         "macs": Cost(before=count_macs(dense, batch), after=count_macs(small, batch)),
     }
-    for name, promised in (("params", plan.params), ("macs", plan.macs)):
-        if found[name].after != promised.after:
+    for name, cost in found.items():
+        promised = graph.costs[name].at(keep)
+        if cost.after != promised:
             raise VerificationError(
-                f"{name} are {found[name].after:,}; the plan predicted {promised.after:,}.",
+                f"{name} are {cost.after:,}; the plan predicted {promised:,}.",
                 where=f"Plan.{name}",
                 fix="report the model: its cost model misses a layer.",
             )

@@ -27,7 +27,6 @@ class Ranking:
     Args:
         order: units, the first to keep first; the best set of size k is `order[:k]`.
         curve: `curve[k]` is the predicted cost of keeping `order[:k]`; zero when all stay.
-        refined: a better set for a size than the nested one; empty where there is none.
     """
 
     order: Int[Tensor, " units"]

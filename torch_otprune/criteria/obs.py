@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from torch_otprune.criteria.base import Criterion, Need, Ranking, register
+from torch_otprune.criteria.base import Criterion, Need, Ranking, register, settle
 from torch_otprune.criteria.moments import observed
 from torch_otprune.statistics.evidence import Consumer, Evidence
 
@@ -40,6 +40,7 @@ class OBS(Criterion):
         gone, spent = [], [0.0]
         for _ in range(evidence.units):
             price = torch.stack([state.prices() for state in states]).sum(0)
+            price = settle(price)
             price[~alive] = torch.inf
             unit = int(price.argmin())
             gone.append(unit)

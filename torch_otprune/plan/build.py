@@ -45,7 +45,7 @@ def make_plan(
     Raises:
         BudgetError: if the budget cannot be met, or nothing would be removed.
     """
-    weighting = policy.budget.weighting if policy.budget else "output"
+    weighting = policy.budget.weighting if policy.budget else "uniform"
     case = Case(model, policy, graph, observation, weighting, banned or {})
     candidates, refused = _offers(case)
     limits = _limits(policy, graph)
@@ -73,9 +73,24 @@ def make_plan(
         refused=tuple(refused),
         params=costs["params"],
         macs=costs["macs"],
-        notes=found.notes,
+        notes=(*found.notes, *_stuck(policy, candidates)),
         versions=_versions(),
     )
+
+
+def _stuck(policy: Policy, candidates: list[Candidate]) -> list[str]:
+    """Say which groups a rule's own numbers leave whole."""
+    return [
+        f"group '{c.name}' stays whole: min_keep and multiple_of of rules[{c.rule}] allow "
+        f"{c.units} units no smaller width"
+        for c in candidates
+        if c.widths == (c.units,) and not _wants_all(policy, c.rule)
+    ]
+
+
+def _wants_all(policy: Policy, rule: int) -> bool:
+    keep = policy.rules[rule].keep
+    return keep is not None and keep.everything
 
 
 def _whole(graph: Graph, offered: set[str]) -> list[Choice]:

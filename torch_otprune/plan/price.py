@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.criteria.base import Ranking
+from torch_otprune.criteria.base import Ranking, settle
 from torch_otprune.statistics.evidence import Consumer, Evidence
 
 __all__ = ["dropped", "repaired", "weighted"]
@@ -91,4 +91,4 @@ def weighted(
         the curve, rounded to nine digits.
     """
     scale = {"output": power, "uniform": float(curve[0]), "none": 1.0}[weighting]
-    return curve / scale if scale > 0 else torch.zeros_like(curve)
+    return settle(curve / scale) if scale > 0 else torch.zeros_like(curve)

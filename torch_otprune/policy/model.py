@@ -67,6 +67,9 @@ class Rule(Setting):
         description="what each target keeps: a fraction of its units, or a number of units; "
         "null leaves it to the budget",
     )
+    repair: Repairs = Field(
+        default=(), description="what mends the network afterwards, in this order"
+    )
 
     @model_validator(mode="after")
     def _reach_something(self) -> Self:

@@ -239,7 +239,8 @@ def environment() -> dict[str, str]:
     Returns:
         versions, processor, threads.
     """
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    # a CPU run must not wake the GPU
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "none"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

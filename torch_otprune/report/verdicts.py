@@ -75,7 +75,9 @@ def _within(name: str, cost: Cost, limit: int) -> str:
 def _promise(report: Report) -> Iterator[str]:
     for name in ("params", "macs"):
         promised, measured = getattr(report.plan, name), getattr(report, name)
-        if promised != measured:
+        if promised.before != measured.before:
+            yield f"{name} were measured on inputs of another size than the plan was made on"
+        elif promised != measured:
             yield (
                 f"the plan was wrong about {name}: it promised {promised.before:,} -> "
                 f"{promised.after:,}, measured are {measured.before:,} -> {measured.after:,}"

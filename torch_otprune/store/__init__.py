@@ -5,8 +5,8 @@ factory's dense model to these tensors, and how to tell that nothing was swapped
 """
 
 from torch_otprune.store.files import Saved
-from torch_otprune.store.plans import PLANS, forget, plan_of, remember
+from torch_otprune.store.plans import PLANS, WayBack, forget, plan_of, remember
 from torch_otprune.store.read import load
 from torch_otprune.store.write import save
 
-__all__ = ["PLANS", "Saved", "forget", "load", "plan_of", "remember", "save"]
+__all__ = ["PLANS", "Saved", "WayBack", "forget", "load", "plan_of", "remember", "save"]

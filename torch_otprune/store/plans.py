@@ -8,8 +8,9 @@ from torch import nn
 
 from torch_otprune.errors import PlanError
 from torch_otprune.plan.model import Plan
+from torch_otprune.surgery.undo import Snapshot
 
-__all__ = ["PLANS", "forget", "plan_of", "remember"]
+__all__ = ["PLANS", "WayBack", "forget", "plan_of", "remember"]
 
 PLANS: dict[int, tuple[weakref.ref[nn.Module], Plan]] = {}
 """The plan of every living pruned model, by identity: the module itself carries no mark."""
@@ -56,3 +57,30 @@ def plan_of(model: nn.Module) -> Plan:
             fix="pass the plan yourself: otp.save(model, directory, plan=report.plan).",
         )
     return found[1]
+
+
+class WayBack:
+    """What `report.undo_` calls: the model is restored, and with it the plan it had before.
+
+    Making it remembers the new plan. Pickled, it is gone: it holds the dense tensors.
+
+    Args:
+        snapshot: the model before.
+        plan: what was carried out on it.
+    """
+
+    def __init__(self, snapshot: Snapshot, plan: Plan) -> None:
+        self.snapshot = snapshot
+        found = PLANS.get(id(snapshot.model))
+        self.before = found[1] if found is not None and found[0]() is snapshot.model else None
+        remember(snapshot.model, plan)
+
+    def __call__(self) -> None:
+        """Restore the model."""
+        self.snapshot.restore_()
+        forget(self.snapshot.model)
+        if self.before is not None:
+            remember(self.snapshot.model, self.before)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()

@@ -1,6 +1,7 @@
 """A plan carried out on a model, and the way back."""
 
-from torch_otprune.surgery.check import check_plan, tolerance
+from torch_otprune.surgery.check import check_plan, check_slices, tolerance
+from torch_otprune.surgery.copied import copied
 from torch_otprune.surgery.cut import check_cuts, cut_, merged, put_
 from torch_otprune.surgery.oracle import disagreement, gap, masked
 from torch_otprune.surgery.undo import Snapshot
@@ -9,6 +10,8 @@ __all__ = [
     "Snapshot",
     "check_cuts",
     "check_plan",
+    "check_slices",
+    "copied",
     "cut_",
     "disagreement",
     "gap",

@@ -7,11 +7,13 @@ from torch import nn
 
 from torch_otprune.errors import PlanError
 from torch_otprune.plan.model import Plan
+from torch_otprune.plan.slices import slices
 from torch_otprune.structure.fingerprint import fingerprint
+from torch_otprune.structure.graph import Graph
 from torch_otprune.structure.trace import check
 from torch_otprune.surgery.cut import check_cuts
 
-__all__ = ["check_plan", "tolerance"]
+__all__ = ["check_plan", "check_slices", "tolerance"]
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -36,6 +38,28 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             where=f"{type(model).__name__}, fingerprint {found[:12]}; plan {plan.fingerprint[:12]}",
             fix="apply it to the dense model it was made for.",
         )
+
+
+def check_slices(graph: Graph, plan: Plan) -> None:
+    """Make sure that every cut still says, module by module, what its kept units mean.
+
+    Args:
+        graph: the dense model's analysis.
+        plan: what is about to be carried out.
+
+    Raises:
+        PlanError: if a group is not there, or a slice was edited.
+    """
+    groups = {group.name: group for group in graph.groups}
+    for cut in plan.cuts:
+        group = groups.get(cut.group)
+        fits = group is not None and max(cut.keep) < group.units == cut.units
+        if group is None or not fits or slices(group, torch.tensor(cut.keep)) != cut.slices:
+            raise PlanError(
+                f"the cut of group '{cut.group}' does not fit the model.",
+                where="Plan.cuts" if group else f"Plan.cuts; groups: {', '.join(groups)}",
+                fix="apply the plan as attached.plan() made it; do not edit its slices.",
+            )
 
 
 def tolerance(model: nn.Module) -> float:

@@ -57,6 +57,9 @@ def merged(cuts: Iterable[Cut]) -> list[Slice]:
     return list(found.values())
 
 
+_PICTURE = 4  # axes of a tensor that may be laid out channels last
+
+
 def check_cuts(model: nn.Module, cuts: Iterable[Cut]) -> None:
     """Compare every slice with the module it is for.
 
@@ -137,6 +140,8 @@ def put_(module: nn.Module, name: str, value: Tensor) -> None:
     """
     old = getattr(module, name)
     value = value.detach().to(dtype=old.dtype, device=old.device)
+    if old.dim() == value.dim() == _PICTURE and not old.is_contiguous():
+        value = value.contiguous(memory_format=torch.channels_last)
     if isinstance(old, nn.Parameter):
         setattr(module, name, nn.Parameter(value, requires_grad=old.requires_grad))
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from torch_otprune.plan.model import Cut
 from torch_otprune.structure.forward import evaluating, flat_tensors, run
+from torch_otprune.surgery.copied import copied
 from torch_otprune.surgery.cut import cut_, merged
 
 __all__ = ["disagreement", "gap", "masked"]
@@ -69,7 +69,7 @@ def disagreement(model: nn.Module, cuts: Sequence[Cut], example: Any) -> float:
         the largest difference relative to the largest output; infinity where the cut model
         does not run or its output has another shape.
     """
-    small = copy.deepcopy(model)
+    small = copied(model)
     cut_(small, cuts)
     with evaluating(model), torch.no_grad():
         with masked(model, cuts):

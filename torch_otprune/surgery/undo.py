@@ -28,7 +28,7 @@ class Snapshot:
 
     def restore_(self) -> None:
         """Put every tensor, width and training flag back, bit for bit."""
-        with torch.no_grad():
+        with torch.inference_mode(mode=False), torch.no_grad():
             for record in self._records:
                 record.restore_()
 
@@ -57,7 +57,15 @@ class _Record:
             live.clear()
             for key, (tensor, value) in entries.items():
                 if tensor is not None and value is not None:
-                    tensor.data = value.clone()
+                    _refill_(tensor, value)
                 live[key] = tensor
         for key, value in self.plain.items():
             vars(self.module)[key] = value
+
+
+def _refill_(tensor: Tensor, value: Tensor) -> None:
+    """Write in place, so that whatever shares the memory is right again too."""
+    if tensor.shape == value.shape and tensor.dtype == value.dtype:
+        tensor.copy_(value)
+    else:  # somebody put other data under the same tensor
+        tensor.data = value.clone()

@@ -38,13 +38,13 @@ def cloud(x: Tensor, name: str) -> Tensor:
     """Check a point cloud, points x dimensions; one dimension may be left out."""
     x = finite(x, name)
     x = x[:, None] if x.ndim == 1 else x
-    refuse(
-        x.ndim != 2 or 0 in x.shape,
+    if x.ndim == 2 and x.numel():
+        return x
+    raise TransportError(
         f"{name} of shape {tuple(x.shape)} is no point cloud.",
         where=f"argument {name}",
         fix="pass a matrix, points x dimensions, with at least one of each.",
     )
-    return x
 
 
 def masses(weights: Tensor | None, like: Tensor, size: int, name: str) -> Tensor:
@@ -64,19 +64,20 @@ def masses(weights: Tensor | None, like: Tensor, size: int, name: str) -> Tensor
 
 def order_of(p: float) -> float:
     """Check the order of a distance."""
-    refuse(
-        not 1 <= p < float("inf"),
+    if 1 <= p < math.inf:
+        return float(p)
+    raise TransportError(
         f"W_p needs 1 <= p < infinity, not {p}.",
         where="argument p",
         fix="use p=2, or p=1 where outliers matter.",
     )
-    return float(p)
 
 
 def same_space(x: Tensor, y: Tensor) -> None:
     """Refuse two clouds of different dimensions."""
-    refuse(
-        x.shape[1] != y.shape[1],
+    if x.shape[1] == y.shape[1]:
+        return
+    raise TransportError(
         f"points of {x.shape[1]} dimensions cannot be compared with points of {y.shape[1]}.",
         where="arguments x and y",
         fix="pass two clouds with the same number of columns.",

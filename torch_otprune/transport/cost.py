@@ -81,30 +81,39 @@ def _by_matmul(x: Tensor, y: Tensor) -> Tensor:
 def _symmetric(x: Tensor) -> Tensor:
     """Compute the upper triangle of blocks and mirror it."""
     x = x - x.mean(0)
-    out = x.new_empty(len(x), len(x))
-    for i in range(0, len(x), BLOCK):
-        for j in range(i, len(x), BLOCK):
-            block = _block(x[i : i + BLOCK], x[j : j + BLOCK])
-            out[i : i + BLOCK, j : j + BLOCK] = block
-            out[j : j + BLOCK, i : i + BLOCK] = block.T
+    squares, out = _squares(x), x.new_empty(len(x), len(x))
+    parts = [slice(i, i + BLOCK) for i in range(0, len(x), BLOCK)]
+    for i, rows in enumerate(parts):
+        for columns in parts[i:]:
+            norms = squares[rows, None] + squares[columns]
+            block = _block(x[rows], x[columns], norms)
+            out[rows, columns] = block
+            out[columns, rows] = block.T
     return out.fill_diagonal_(0)
 
 
 def _rectangular(x: Tensor, y: Tensor) -> Tensor:
     centre = (x.sum(0) + y.sum(0)) / (len(x) + len(y))
     x, y = x - centre, y - centre
-    rows = [_block(x[i : i + BLOCK], y) for i in range(0, len(x), BLOCK)]
+    left, right = _squares(x)[:, None], _squares(y)
+    parts = [slice(i, i + BLOCK) for i in range(0, len(x), BLOCK)]
+    rows = [_block(x[part], y, left[part] + right) for part in parts]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def _block(x: Tensor, y: Tensor) -> Tensor:
+def _squares(x: Tensor) -> Tensor:
+    """Square the length of every row in one pass that stores nothing else."""
+    return torch.linalg.vector_norm(x, dim=1).square_()
+
+
+def _block(x: Tensor, y: Tensor, norms: Tensor) -> Tensor:
     """Measure one block by matmul, and its close pairs again by difference."""
-    norms = x.square().sum(1)[:, None] + y.square().sum(1)
     out = torch.addmm(norms, x, y.T, alpha=-2).clamp_(min=0)
     near = out <= norms.mul_(CLOSE[x.dtype])
-    count = int(near.sum())
+    count = int(near.count_nonzero())
     if count and x.dtype == torch.float32 and count > out.numel() // 16:
-        return _block(x.double(), y.double()).float()
+        x, y = x.double(), y.double()
+        return _block(x, y, _squares(x)[:, None] + _squares(y)).float()
     if count:
         rows, columns = near.nonzero(as_tuple=True)
         step = max(1, 2**22 // x.shape[1])

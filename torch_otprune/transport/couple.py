@@ -69,7 +69,7 @@ class Coupling:
         """Sum cost x mass over the plan: W_p^p where the cost is a distance to the power p."""
         if self.links is not None:
             on = self.geometry.pairs(self.links.rows, self.links.columns)
-            return float((on * self.links.mass).sum())
+            return float(on.double() @ self.links.mass.double())
         total = sum((plan * cost).sum(dtype=torch.float64) for _, cost, plan in self._blocks())
         return float(total)
 
@@ -112,6 +112,10 @@ class Coupling:
         Returns:
             one mean per source, in the unit of the values; zero where no mass leaves.
         """
+        if self.links is not None and self.links.single:
+            out = values.new_empty(len(self.a), *values.shape[1:])
+            out[self.links.rows] = values[self.links.columns]
+            return out
         flat = values.reshape(len(values), -1)
         # One walk over the plan gives the sums and what they are divided by.
         out = self.apply(torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1))

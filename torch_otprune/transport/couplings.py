@@ -22,6 +22,7 @@ from torch_otprune.transport.sinkhorn import Potentials, damping, log_domain, sc
 __all__ = ["coupling", "coupling_points", "couplings"]
 
 EPS = 0.02  # of the mean cost, where a temperature is needed and none was given
+KEPT = 64  # dimensions from which a cost that fits is kept with its plan, not computed again
 HARD = (math.inf, math.inf)
 
 
@@ -183,17 +184,23 @@ def _solve(geometry: Geometry, a: Tensor | None, b: Tensor | None, ask: _Ask) ->
         where="coupling, arguments eps and relax",
         fix="pass numbers of at least 0.",
     )
-    a, b = masses(a, like.new_empty(0, 0), n, "a"), masses(b, like.new_empty(0, 0), m, "b")
-    b = _same_total(a, b, ask.relax)
-    choice = _choice(geometry, a, b, ask)
-    if choice.solver != "line" and _paired(geometry, a, b, ask):
+    plain = a is None and b is None
+    a, b = masses(a, like, n, "a"), masses(b, like, m, "b")
+    if not plain:
+        b = _same_total(a, b, ask.relax)
+    uniform = plain or (_equal(a) and _equal(b))
+    choice = _choice(geometry, uniform, ask)
+    work = geometry if choice.solver != "exact" else Stored(geometry.block(slice(None)))
+    if choice.solver != "line" and _paired(work, plain or torch.equal(a, b), ask):
         choice = Choice("paired", "no target is nearer to any source than its own partner", ())
     why = str(choice).partition(": ")[2] if ask.explain else choice.why
-    links = _links(geometry, a, b, choice.solver)
+    links = _links(work, a, b, choice.solver, uniform)
     if links is not None:
         return Coupling(geometry, a, b, 0.0, choice.solver, why, links=links)
     scale = geometry.mean() or 1.0
     eps = scale * (ask.eps or EPS)
+    if choice.solver == "scaling" and like.shape[1] > KEPT:
+        geometry = Stored(geometry.block(slice(None)))
     found = _entropic(geometry, a, b, ask, eps=eps, solver=choice.solver)
     return _coupling(geometry, a, b, eps=eps, solver=choice.solver, why=why, found=found)
 
@@ -230,7 +237,12 @@ def _same_total(a: Tensor, b: Tensor, relax: tuple[float, float]) -> Tensor:
     return b * (left / right)
 
 
-def _choice(geometry: Geometry, a: Tensor, b: Tensor, ask: _Ask) -> Choice:
+def _equal(weights: Tensor) -> bool:
+    low, high = (float(end) for end in weights.aminmax())
+    return high - low <= 1e-6 * high
+
+
+def _choice(geometry: Geometry, uniform: bool, ask: _Ask) -> Choice:
     (n, m), like = geometry.shape, geometry.like
     d = geometry.x.shape[1] if isinstance(geometry, Cloud) else 0
     if ask.relax == (math.inf, 0.0) and not ask.eps:
@@ -243,14 +255,13 @@ def _choice(geometry: Geometry, a: Tensor, b: Tensor, ask: _Ask) -> Choice:
             fix="pass eps=0.01.",
         )
         return Choice("exact", "eps=0 insists on an exact plan", ())
-    equal = all(float(w.max() - w.min()) <= 1e-6 * float(w.max()) for w in (a, b))
     known = not isinstance(geometry, Cloud) or geometry.p in {1, 2}  # to KeOps
     problem = Problem(
         n,
         m,
         d,
         like.device.type,
-        uniform=equal,
+        uniform=uniform,
         hard=ask.relax == HARD,
         entropic=bool(ask.eps),
         keops=available if known else lambda: False,
@@ -258,13 +269,13 @@ def _choice(geometry: Geometry, a: Tensor, b: Tensor, ask: _Ask) -> Choice:
     return choose(problem, ask.solver)
 
 
-def _paired(geometry: Geometry, a: Tensor, b: Tensor, ask: _Ask) -> bool:
+def _paired(geometry: Geometry, same: bool, ask: _Ask) -> bool:
     """Recognise paired samples: if every partner is a nearest target, the identity is optimal."""
     n, m = geometry.shape
-    if n != m or ask.eps or ask.relax != HARD or ask.solver != "auto" or not torch.equal(a, b):
+    if n != m or ask.eps or ask.relax != HARD or ask.solver != "auto" or not same:
         return False
     # A few rows decide almost every case.
-    for rows in (slice(0, 16), *geometry.slices()):
+    for rows in (slice(0, min(n, 16)), *geometry.slices()):
         cost = geometry.block(rows)
         own = cost.diagonal(offset=rows.start)
         if bool((cost.amin(1) < own).any()):
@@ -272,15 +283,15 @@ def _paired(geometry: Geometry, a: Tensor, b: Tensor, ask: _Ask) -> bool:
     return True
 
 
-def _links(geometry: Geometry, a: Tensor, b: Tensor, solver: str) -> Links | None:
+def _links(geometry: Geometry, a: Tensor, b: Tensor, solver: str, uniform: bool) -> Links | None:
     """Solve exactly, where that is the choice."""
     if solver == "line" and isinstance(geometry, Cloud):
-        return solve_line(geometry.x[:, 0], geometry.y[:, 0], a, b)
+        return solve_line(geometry.x[:, 0], geometry.y[:, 0], a, b, uniform=uniform)
     if solver == "exact":
-        return solve_exact(geometry.block(slice(None)), a, b)
+        return solve_exact(geometry.block(slice(None)), a, b, uniform=uniform)
     if solver == "paired":
         both = torch.arange(len(a), device=a.device)
-        return Links(both, both, a)
+        return Links(both, both, a, single=uniform)
     if solver == "nearest":
         best = torch.cat([cost.argmin(1) for _, cost in geometry.blocks()])
         rows = torch.arange(len(a), device=a.device)

@@ -132,12 +132,8 @@ def choose(problem: Problem, solver: str = "auto") -> Choice:
         'exact'
     """
     passed: list[str] = []
-    refuse(
-        solver != "auto" and solver not in {row.solver for row in TABLE},
-        f"there is no solver {solver!r}.",
-        where="argument solver",
-        fix=f"use one of auto, {', '.join(row.solver for row in TABLE)}.",
-    )
+    if solver != "auto":
+        _known(solver)
     for row in TABLE:
         if solver == row.solver:
             return Choice(row.solver, "forced by the caller", tuple(passed))
@@ -145,6 +141,15 @@ def choose(problem: Problem, solver: str = "auto") -> Choice:
             return Choice(row.solver, row.why, tuple(passed))
         passed.append(f"{row.solver}: needs {row.when}")
     return Choice(TABLE[-1].solver, TABLE[-1].why, tuple(passed[:-1]))  # applies to everything
+
+
+def _known(solver: str) -> None:
+    refuse(
+        solver not in {row.solver for row in TABLE},
+        f"there is no solver {solver!r}.",
+        where="argument solver",
+        fix=f"use one of auto, {', '.join(row.solver for row in TABLE)}.",
+    )
 
 
 def explain(

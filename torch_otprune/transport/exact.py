@@ -15,9 +15,9 @@ from torch_otprune.transport.checks import finite, refuse
 from torch_otprune.transport.dispatch import REPEAT
 from torch_otprune.transport.sinkhorn import scaling
 
-__all__ = ["Links", "assignment", "duals", "solve_exact", "solve_line"]
+__all__ = ["Links", "assignment", "duals", "match", "order", "solve_exact", "solve_line"]
 
-WARM = 256  # points from which potentials are worth their price before an assignment
+WARM = 300  # points from which potentials are worth their price before an assignment
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Links:
         mass: what it carries.
         f: dual potential of the sources, where the solver knows it.
         g: dual potential of the targets.
+        single: whether every source has exactly one link, with all of its mass.
     """
 
     rows: Int[Tensor, " links"]
@@ -37,6 +38,7 @@ class Links:
     mass: Float[Tensor, " links"]
     f: Float[Tensor, " n"] | None = None
     g: Float[Tensor, " m"] | None = None
+    single: bool = False
 
     def parts(self) -> tuple[Tensor, ...]:
         """List the tensors, without potentials that are not known."""
@@ -62,8 +64,6 @@ def assignment(cost: Float[Tensor, "n m"]) -> Int[Tensor, " n"]:
         >>> assignment(torch.tensor([[1.0, 0.0], [0.0, 5.0]]))
         tensor([1, 0])
     """
-    from scipy.optimize import linear_sum_assignment
-
     cost = finite(cost, "cost")
     if cost.ndim != 2 or cost.shape[0] > cost.shape[1]:
         raise TransportError(
@@ -71,12 +71,29 @@ def assignment(cost: Float[Tensor, "n m"]) -> Int[Tensor, " n"]:
             where="assignment, argument cost",
             fix="pass a matrix with no more rows than columns, or transpose it.",
         )
-    columns = linear_sum_assignment(cost.detach().cpu().double().numpy())[1]
-    return torch.from_numpy(columns).to(cost.device)
+    return _augmenting_paths(cost.detach())
+
+
+def match(cost: Float[Tensor, "n n"]) -> Int[Tensor, " n"]:
+    """Pair equally many sources and targets of equal mass at the least total cost.
+
+    Args:
+        cost: ground cost, checked already.
+
+    Returns:
+        the target of each source.
+    """
+    # Augmenting paths end sooner on reduced costs. Few points do with the nearest source of each
+    # target (the column reduction of Jonker & Volgenant 1987).
+    return _augmenting_paths(cost - cost.amin(0) if len(cost) < WARM else _reduced(cost))
 
 
 def solve_exact(
-    cost: Float[Tensor, "n m"], a: Float[Tensor, " n"], b: Float[Tensor, " m"]
+    cost: Float[Tensor, "n m"],
+    a: Float[Tensor, " n"],
+    b: Float[Tensor, " m"],
+    *,
+    uniform: bool | None = None,
 ) -> Links:
     """Solve balanced transport exactly, by the cheapest exact solver that fits the weights.
 
@@ -84,21 +101,28 @@ def solve_exact(
         cost: ground cost.
         a: source weights.
         b: target weights, of equal total.
+        uniform: whether all weights of a side are equal; None looks.
 
     Returns:
         at most n + m - 1 links after merging, in float64.
     """
     n, m = cost.shape
     copies = math.lcm(n, m)
-    if _uniform(a) and _uniform(b) and copies <= max(REPEAT, n, m):
-        return _by_assignment(cost, float(a.sum(dtype=torch.float64)), copies)
+    uniform = _uniform(a) and _uniform(b) if uniform is None else uniform
+    if uniform and copies <= max(REPEAT, n, m):
+        return _by_assignment(cost, a, copies)
     x, y = a.double().cpu(), b.double().cpu()
     links = _by_program(cost.double().cpu(), x, y * (x.sum() / y.sum()))
     return Links(*(part.to(cost.device) for part in links.parts()))
 
 
 def solve_line(
-    x: Float[Tensor, " n"], y: Float[Tensor, " m"], a: Float[Tensor, " n"], b: Float[Tensor, " m"]
+    x: Float[Tensor, " n"],
+    y: Float[Tensor, " m"],
+    a: Float[Tensor, " n"],
+    b: Float[Tensor, " m"],
+    *,
+    uniform: bool | None = None,
 ) -> Links:
     """Couple two measures on the line in sorted order, optimal for every convex cost.
 
@@ -107,15 +131,17 @@ def solve_line(
         y: target positions.
         a: source weights.
         b: target weights, of equal total.
+        uniform: whether all weights of a side are equal; None looks.
 
     Returns:
         at most n + m - 1 links.
 
     Source: Peyré & Cuturi 2019, Remark 2.30.
     """
-    xs, ys = _order(x), _order(y)
-    if len(x) == len(y) and _uniform(a) and _uniform(b):
-        return Links(xs, ys, a.double())
+    xs, ys = order(x), order(y)
+    uniform = _uniform(a) and _uniform(b) if uniform is None else uniform
+    if uniform and len(xs) == len(ys):
+        return Links(xs, ys, a.double(), single=True)
     left, right = a.double()[xs].cumsum(0), b.double()[ys].cumsum(0)
     right = right * (left[-1] / right[-1])
     level = torch.cat([left, right]).sort().values
@@ -151,7 +177,7 @@ def duals(cost: Float[Tensor, "n m"], links: Links) -> tuple[Tensor, Tensor]:
     return (cost - g).amin(1), g
 
 
-def _order(x: Tensor) -> Tensor:
+def order(x: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
     """Sort positions; on a CPU by numpy, whose vector sort is several times faster."""
     if x.device.type != "cpu":
         return x.sort(stable=True).indices
@@ -163,18 +189,23 @@ def _uniform(weights: Tensor) -> bool:
     return high - low <= 1e-6 * high
 
 
-def _by_assignment(cost: Tensor, total: float, copies: int) -> Links:
+def _by_assignment(cost: Tensor, a: Tensor, copies: int) -> Links:
     n, m = cost.shape
-    # Augmenting paths end sooner on reduced costs: 5 to 10 times at n = 4 096.
-    reduced = _reduced(cost) if copies >= WARM else cost
     if n == m:
-        each = torch.full((n,), total / n, dtype=torch.float64, device=cost.device)
-        return Links(torch.arange(n, device=cost.device), assignment(reduced), each)
+        return Links(torch.arange(n, device=cost.device), match(cost), a.double(), single=True)
+    reduced = _reduced(cost) if copies >= WARM else cost
     big = reduced.repeat_interleave(copies // n, 0).repeat_interleave(copies // m, 1)
     rows = torch.arange(copies, device=cost.device) // (copies // n)
-    columns = assignment(big) // (copies // m)
+    columns = _augmenting_paths(big) // (copies // m)
     link, count = (rows * m + columns).unique(return_counts=True)
-    return Links(link // m, link % m, count.double() * (total / copies))
+    return Links(link // m, link % m, count * (a.sum(dtype=torch.float64) / copies))
+
+
+def _augmenting_paths(cost: Tensor) -> Tensor:
+    from scipy.optimize import linear_sum_assignment
+
+    columns = linear_sum_assignment(cost.cpu().double().numpy())[1]
+    return torch.from_numpy(columns).to(cost.device)
 
 
 def _reduced(cost: Tensor) -> Tensor:

@@ -115,7 +115,8 @@ class Cloud(Geometry):
 
     def pairs(self, rows: Int[Tensor, " k"], columns: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
         """Compute single entries."""
-        squared = (self.x[rows] - self.y[columns]).square().sum(1)
+        gap = self.x.index_select(0, rows) - self.y.index_select(0, columns)
+        squared = gap.square_().sum(1)
         return root(squared, 2 / self.p) if self.p != 2 else squared
 
     def transposed(self) -> Geometry:

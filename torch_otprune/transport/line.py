@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,9 +14,11 @@ __all__ = ["pairwise_1d", "quantiles", "sort_rows", "wasserstein_1d"]
 
 
 def sort_rows(x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
-    """Sort every row; on a CPU without gradient by numpy, whose vector sort is 20 times faster."""
-    if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
+    """Sort every row; on a CPU by numpy, whose vector sort is many times faster."""
+    if x.device.type != "cpu":
         return x.sort(dim=-1, stable=True).values
+    if torch.is_grad_enabled() and x.requires_grad:
+        return x.gather(-1, torch.from_numpy(np.argsort(x.detach().contiguous().numpy(), axis=-1)))
     rows = x.detach().contiguous().numpy().copy()
     rows.sort(axis=-1)
     return torch.from_numpy(rows)
@@ -73,8 +76,10 @@ def wasserstein_1d(
     same_space(x, y)
     y = y.to(x)
     if a is None and b is None and len(x) == len(y):
-        gap = (sort_rows(x.T) - sort_rows(y.T)).abs()
-        return _power_mean(gap, None, p)
+        gap = sort_rows(x.T) - sort_rows(y.T)
+        if p <= 2:
+            return torch.linalg.vector_norm(gap, p, dim=1) / len(x) ** (1 / p)
+        return _power_mean(gap.abs(), None, p)
     return _merged(x, y, masses(a, x, len(x), "a"), masses(b, y, len(y), "b"), p)
 
 
