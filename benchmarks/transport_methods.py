@@ -55,7 +55,8 @@ def ours(x: Tensor, y: Tensor, purpose: str) -> Answer:
     """Ask for a distance or a coupling, and let the table choose."""
     if purpose == "plan":
         found = transport.coupling_points(x, y)
-        found.barycentric_map(y)
+        if not found.exact:
+            found.plan()
         return Answer(found.cost**0.5, found.marginal_error, found.solver)
     live = x.requires_grad_(purpose == "gradient")
     value = transport.wasserstein(live, y)
@@ -67,7 +68,7 @@ def ours(x: Tensor, y: Tensor, purpose: str) -> Answer:
 def ours_entropic(x: Tensor, y: Tensor, purpose: str) -> Answer:
     """Force the temperature that geomloss is given."""
     found = transport.coupling_points(x, y, eps=EPS)
-    found.barycentric_map(y)
+    found.plan()
     return Answer(found.cost**0.5, found.marginal_error, found.solver)
 
 

@@ -10,8 +10,8 @@ layer for all calibration samples, twice.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -24,7 +24,7 @@ from torch_otprune.errors import RepairError
 from torch_otprune.statistics.reduce import all_sum_
 from torch_otprune.structure.forward import Call, evaluating, flat_tensors, run, run_checked
 from torch_otprune.structure.graph import Tail
-from torch_otprune.structure.probe import ADDITIONS
+from torch_otprune.structure.probe import summands
 
 __all__ = ["Lockstep", "Pause", "Site", "distance"]
 
@@ -64,6 +64,11 @@ class Pause:
 class Lockstep:
     """Walk a dense and a smaller model through all batches, site by site.
 
+    The walking threads take over the caller's autocast, default device and current CUDA device.
+
+    Limits: other state of the caller's thread (a `TorchFunctionMode`, saved-tensor hooks, thread
+    locals of a model's own) is not seen by them. Every batch must take the way that the trace saw.
+
     Args:
         dense: the reference.
         small: the model being mended.
@@ -82,11 +87,12 @@ class Lockstep:
         self.models = (dense, small)
 
     def __enter__(self) -> Lockstep:
-        self.stack = ExitStack()
-        for model, cast in zip(self.models, self.pair, strict=True):
-            self.stack.enter_context(evaluating(model))
-            cast.attach()
-            self.stack.callback(cast.remove)
+        with ExitStack() as stack:  # undoes what was attached if the rest fails
+            for model, cast in zip(self.models, self.pair, strict=True):
+                stack.enter_context(evaluating(model))
+                stack.callback(cast.remove)
+                cast.attach()
+            self.stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -128,7 +134,8 @@ def _common(pauses: Sequence[tuple[Pause | None, Pause | None]]) -> str:
     if len(paths) > 1 or "the output" in paths:
         raise RepairError(
             "not every batch runs the same layers in the same order.",
-            where=f"calibration batches that stand at {', '.join(sorted(paths))}",
+            where=f"calibration batches that stand at {', '.join(sorted(paths))}; the analysis saw "
+            "one way only",
             fix="use repair 'norm' or 'none', or batches that take the same way.",
         )
     return paths.pop()
@@ -144,6 +151,7 @@ class _Walker:
         self.result: Any = None
         self.error: BaseException | None = None
         self.left = False
+        self.surroundings = _Surroundings.here()
         self.thread: threading.Thread | None = None
 
     def advance(self) -> Pause:
@@ -177,7 +185,7 @@ class _Walker:
         self.go.acquire()
         try:
             if not self.left:
-                with torch.no_grad(), _Additions(self):
+                with torch.no_grad(), self.surroundings.entered(), _Additions(self):
                     self.cast.here.walker = self
                     self.cast.here.noted, self.cast.here.expected = {}, {}
                     self.result = run_checked(self.cast.model, self.batch, self.index)
@@ -186,6 +194,37 @@ class _Walker:
         except BaseException as error:  # noqa: BLE001  handed to the conductor, who raises it
             self.error = error
         self.stopped.release()
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What torch keeps per thread and a forward pass may depend on."""
+
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    device: torch.device
+    cuda: int | None
+
+    @classmethod
+    def here(cls) -> _Surroundings:
+        """Read them off the calling thread."""
+        cuda = torch.cuda.is_initialized()
+        kinds = ("cpu", "cuda") if cuda else ("cpu",)
+        on = [(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)]
+        current = torch.cuda.current_device() if cuda else None
+        return cls(tuple(on), torch.get_default_device(), current)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Bring them into another thread."""
+        with ExitStack() as stack:
+            for kind, dtype in self.autocast:
+                # cached casts would outlive a repair of the weight
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
+            if self.cuda is not None:
+                stack.enter_context(torch.cuda.device(self.cuda))
+            if self.device != torch.get_default_device():
+                stack.enter_context(self.device)
+            yield
 
 
 class _Abandoned(BaseException):
@@ -205,7 +244,8 @@ class _Cast:
             module = self.model.get_submodule(site.path)
             if site.tail.added:
                 ends = site.tail.modules[-1:] or (site.path,)
-                self.handles.append(module.register_forward_hook(_Note(self, site)))
+                note = _Note(self, site)
+                self.handles.append(module.register_forward_hook(note, with_kwargs=True))
                 last = self.model.get_submodule(ends[0])
                 self.handles.append(last.register_forward_hook(_Expect(self, site)))
             elif self.wait:
@@ -249,8 +289,9 @@ class _StopAfter(_Hook):
 
 
 class _Note(_Hook):
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
-        self.cast.here.noted[self.site.path] = (inputs[0], out)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Tensor) -> None:
+        first = flat_tensors(Call(args, kwargs))[0]
+        self.cast.here.noted[self.site.path] = (first, out)
 
 
 class _Expect(_Hook):
@@ -268,27 +309,23 @@ class _Additions(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function in ADDITIONS:
+        if operands := summands(function, args, kwargs):
             for out, site in list(self.walker.cast.here.expected.values()):
-                args = self._meet(args, out, site)
+                if any(operand is out for operand in operands):
+                    self._meet(operands, out, site)
         return function(*args, **(kwargs or {}))
 
-    def _meet(self, args: Any, out: Tensor, site: Site) -> Any:
+    def _meet(self, operands: tuple[Tensor, Tensor], out: Tensor, site: Site) -> None:
         """Stop at one operand; the other may be a site of its own, such as a shortcut's."""
-        place = next((i for i, a in enumerate(args[:2]) if a is out), None)
-        if place is None:
-            return args
         cast = self.walker.cast
         inputs, before = cast.here.noted.pop(site.path)
         del cast.here.expected[site.path]
-        other = args[1 - place]
+        other = operands[1] if operands[0] is out else operands[0]
         # A shortcut that is mended next is no stream to make up for yet.
         waits = any(other is later for later, _ in cast.here.expected.values())
-        stream = other if isinstance(other, Tensor) and not waits else None
-        self.walker.stop(Pause(site.path, inputs, before, stream))
-        if not cast.wait:
-            return args
-        return tuple(cast.again(site, inputs) if i == place else a for i, a in enumerate(args))
+        self.walker.stop(Pause(site.path, inputs, before, None if waits else other))
+        if cast.wait:  # into the operand itself: an addition in place must find it there
+            out.copy_(cast.again(site, inputs))
 
 
 def distance(dense: nn.Module, small: nn.Module, batches: Sequence[Any]) -> float:

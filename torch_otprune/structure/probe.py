@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torch_otprune.structure.forward import batch_size, evaluating, run
+from torch_otprune.structure.forward import Call, batch_size, evaluating, flat_tensors, run
 from torch_otprune.structure.graph import Tail
 from torch_otprune.structure.layers import BatchNorm, is_depthwise, is_linear
 
-__all__ = ["ADDITIONS", "PASSIVE", "Probe", "probe"]
+__all__ = ["Probe", "probe", "summands"]
 
-ADDITIONS = frozenset(
+_ADDITIONS = frozenset(
     {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
 )
-PASSIVE = (BatchNorm, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
+_PASSIVE = (BatchNorm, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
 
 
 @dataclass
@@ -52,8 +53,46 @@ def probe(model: nn.Module, example: Any) -> Probe:
     """
     watch = _Watch(model, batch_size(example))
     with evaluating(model), torch.no_grad(), watch:
-        run(model, example)
+        watch.read(run(model, example))  # what the caller gets, the caller uses
     return watch.notes
+
+
+def summands(
+    function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+) -> tuple[Tensor, Tensor] | None:
+    """Read what an op adds, if it adds two tensors as they are.
+
+    Args:
+        function: the op.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        both operands; None for another op, a factor `alpha`, a number or one tensor twice.
+    """
+    if function not in _ADDITIONS or len(args) < 2 or (kwargs or {}).get("alpha", 1) != 1:
+        return None
+    first, second = args[:2]
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)) or first is second:
+        return None
+    return first, second
+
+
+@dataclass
+class _Trail:
+    """One tensor on the way of a linear layer's output.
+
+    Args:
+        linear: the layer.
+        passed: what it has passed.
+        tensor: the tensor, kept so that its id stays its own.
+        used: whether something has read it.
+    """
+
+    linear: str
+    passed: tuple[str, ...]
+    tensor: Tensor
+    used: bool = False
 
 
 class _Watch(TorchFunctionMode):
@@ -62,13 +101,16 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module, samples: int) -> None:
         super().__init__()
         self.model, self.samples, self.notes = model, samples, Probe()
-        self.live: dict[int, tuple[str, tuple[str, ...], Tensor]] = {}
+        self.live: dict[int, _Trail] = {}
+        self.inside = 0  # layers that pass channels on are judged as a whole, not op by op
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> _Watch:
         for name, module in self.model.named_modules():
             if not list(module.children()):
-                self.handles.append(module.register_forward_hook(_Leave(self, name)))
+                self.handles.append(module.register_forward_pre_hook(_Enter(self)))
+                leave = _Leave(self, name)
+                self.handles.append(module.register_forward_hook(leave, with_kwargs=True))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -81,19 +123,56 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if self.inside or not self.live:
+            return function(*args, **(kwargs or {}))
+        given = {id(t): t for t in _tensors((args, kwargs)) if id(t) in self.live}
+        versions = {key: _version(t) for key, t in given.items()}
         out = function(*args, **(kwargs or {}))
-        if function in ADDITIONS and isinstance(out, Tensor):
-            for operand in args[:2]:
-                self._join(operand)
+        made = {id(t) for t in _tensors(out)}
+        if not made and function is not Tensor.__setitem__:
+            return out  # a shape or a type was asked for
+        added = summands(function, args, kwargs) is not None
+        for key, t in given.items():
+            same = key in made and versions[key] is not None and versions[key] == _version(t)
+            if same and not added:
+                continue  # handed on as it is, like a dropout in evaluation mode
+            self._use(self.live[key], added=added)
+            if key in made:
+                self.live.pop(key, None)  # written in place: no longer the layer's output
         return out
 
-    def _join(self, operand: Any) -> None:
-        if isinstance(operand, Tensor) and (found := self.live.get(id(operand))):
-            self.notes.tails[found[0]] = Tail(found[1], added=True)
+    def _use(self, trail: _Trail, *, added: bool = False) -> None:
+        """Note who reads a tensor; two readers end the tail there."""
+        second, trail.used = trail.used, True
+        if not second:
+            self.notes.tails[trail.linear] = Tail(trail.passed, added=added)
+            return
+        ends = Tail(trail.passed)
+        self.notes.tails[trail.linear] = ends
+        self.live = {
+            key: t
+            for key, t in self.live.items()
+            if t.linear != trail.linear or len(t.passed) <= len(ends.modules)
+        }
 
-    def leave(self, name: str, module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
+    def read(self, tree: Any) -> None:
+        """Note that something uses these tensors.
+
+        Args:
+            tree: tensors, nested.
+        """
+        for tensor in flat_tensors(tree):
+            if trail := self.live.get(id(tensor)):
+                self._use(trail)
+
+    def enter(self, module: nn.Module) -> None:
+        """Note that a leaf is about to run."""
+        self.inside += isinstance(module, _PASSIVE)
+
+    def leave(self, name: str, module: nn.Module, call: Call, out: Any) -> None:
         """Note one leaf's call."""
-        notes = self.notes
+        notes, given = self.notes, flat_tensors(call)
+        self.inside -= isinstance(module, _PASSIVE)
         notes.calls[name] = notes.calls.get(name, 0) + 1
         if notes.calls[name] == 1:
             notes.order.append(name)
@@ -101,21 +180,31 @@ class _Watch(TorchFunctionMode):
             return
         notes.outputs.setdefault(name, tuple(out.shape))
         if is_linear(module) or is_depthwise(module):
-            positions = _positions(module, inputs[0], out) // self.samples
+            positions = _positions(module, given[0], out) // self.samples
             notes.positions[name] = notes.positions.get(name, 0) + positions
         if is_linear(module):
             self._follow(name, (), out)
-        elif inputs and (t := self.live.get(id(inputs[0]))) and self._passes(module, t[0], out):
-            self._follow(t[0], (*t[1], name), out)
+        elif isinstance(module, _PASSIVE) and given:
+            self._pass(name, module, given[0], out)
+
+    def _pass(self, name: str, module: nn.Module, given: Tensor, out: Tensor) -> None:
+        """Follow an output through a layer that keeps channels apart, if that is its one reader."""
+        trail = self.live.get(id(given))
+        if trail is None:
+            return
+        alone = not trail.used and self._passes(module, trail.linear, out)
+        self._use(trail)
+        if alone:
+            self._follow(trail.linear, (*trail.passed, name), out)
 
     def _passes(self, module: nn.Module, linear: str, out: Tensor) -> bool:
         """Tell whether a layer keeps channels apart; on tokens, a batch-norm has another axis."""
         dense = isinstance(self.model.get_submodule(linear), nn.Linear)
         crossed = isinstance(module, BatchNorm) and dense and out.dim() > 2
-        return isinstance(module, PASSIVE) and not crossed
+        return not crossed
 
     def _follow(self, linear: str, passed: tuple[str, ...], out: Tensor) -> None:
-        self.live[id(out)] = (linear, passed, out)
+        self.live[id(out)] = _Trail(linear, passed, out)
         self.notes.tails[linear] = Tail(passed)
 
 
@@ -127,11 +216,39 @@ def _positions(module: nn.Module, x: Tensor, out: Tensor) -> int:
     return grid.numel() // grid.shape[1]
 
 
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors among an op's arguments, which may hold sizes and other odd tuples."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from _tensors(value)
+    elif isinstance(tree, Mapping):
+        yield from _tensors(tuple(tree.values()))
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Count the writes to a tensor; None where torch does not."""
+    return None if tensor.is_inference() else tensor._version
+
+
+class _Enter:
+    """The hook before one leaf."""
+
+    def __init__(self, watch: _Watch) -> None:
+        self.watch = watch
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.watch.enter(module)
+
+
 class _Leave:
-    """The hook of one leaf."""
+    """The hook behind one leaf."""
 
     def __init__(self, watch: _Watch, name: str) -> None:
         self.watch, self.name = watch, name
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
-        self.watch.leave(self.name, module, inputs, out)
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        self.watch.leave(self.name, module, Call(args, kwargs), out)

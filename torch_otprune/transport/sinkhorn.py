@@ -86,6 +86,8 @@ class _Kernel:
         self.cost, self.a, self.b, self.eps, self.damp = cost, a, b, eps, damp
         self.f, self.g = torch.zeros_like(a), torch.zeros_like(b)
         self.room = math.log(torch.finfo(cost.dtype).max) / 4
+        # Subnormal numbers are slow: the kernel stops just above them, far below what can matter.
+        self.least = 0.9 * math.log(torch.finfo(cost.dtype).tiny)
         self.mass = a.sum(-1)
         self.kernel = torch.empty_like(cost)
         self.error = torch.full_like(self.mass, torch.inf)
@@ -110,7 +112,8 @@ class _Kernel:
         """Rebuild the kernel around the current potentials."""
         e = self.eps[:, None, None]
         torch.sub(self.f[:, :, None], self.cost, out=self.kernel)
-        self.kernel.add_(self.g[:, None, :]).div_(e).clamp_(max=2 * self.room).exp_()
+        self.kernel.add_(self.g[:, None, :]).div_(e)
+        self.kernel.clamp_(min=self.least, max=2 * self.room).exp_()
         self.reset()
 
     def run(self, *, tol: float, limit: int) -> bool:
