@@ -209,11 +209,11 @@ def test_nan_in_a_batch_names_the_place() -> None:
     batch[3, 1, 2, 2] = float("nan")
     with otp.attach(model, POLICY) as attached, pytest.raises(CalibrationError) as error:
         otp.observe(attached, [CASES["plain"].batch(16), batch])
-    assert error.value.problem == "the input holds NaN or infinity."
+    assert error.value.problem == "the input holds NaN."
     assert "batch 1" in error.value.where and "[3, 1, 2, 2]" in error.value.where
 
 
-def test_nan_from_a_layer_names_the_first_that_sees_it() -> None:
+def test_infinity_in_a_weight_names_the_weight() -> None:
     model = CASES["plain"].model()
     with otp.attach(model, POLICY) as attached:
         model(CASES["plain"].batch(16))
@@ -221,7 +221,68 @@ def test_nan_from_a_layer_names_the_first_that_sees_it() -> None:
             model[3].weight[0] = float("inf")
         with pytest.raises(CalibrationError) as error:
             otp.observe(attached, [CASES["plain"].batch(16)])
-    assert error.value.problem == "the input of '6' holds NaN or infinity."
+    assert error.value.problem == "'3.weight' holds NaN or infinity."
+    assert "(Conv2d); seen in the input of '6'" in error.value.where
+
+
+@pytest.mark.parametrize("feed", ["by hand", "observe"])
+def test_the_plan_does_not_depend_on_where_the_last_batch_ends(feed: str) -> None:
+    policy = POLICY.model_copy(update={"calibration": otp.Calibration(samples=20, probe=8)})
+    data, texts = CASES["plain"].batch(32), set()
+    for size in (4, 7, 32):
+        model = CASES["plain"].model().eval()
+        with otp.attach(model, policy) as attached:
+            if feed == "observe":
+                otp.observe(attached, data.split(size))
+            else:
+                for batch in data.split(size):
+                    model(batch)
+            assert attached.samples == 20
+            texts.add(attached.plan().to_json())
+    assert len(texts) == 1
+
+
+def test_summing_up_adds_no_data() -> None:
+    model = CASES["plain"].model()
+    policy = POLICY.model_copy(update={"calibration": otp.Calibration(samples=999, probe=16)})
+    with otp.attach(model, policy) as attached:
+        otp.observe(attached, [CASES["plain"].batch(16)])
+        counts = [{p: m.count for p, m in attached.observation().moments.items()} for _ in "ab"]
+    assert counts[0] == counts[1]
+
+
+def test_summing_up_on_one_rank_copies_nothing() -> None:
+    model = CASES["plain"].model()
+    with otp.attach(model, POLICY) as attached:
+        found = otp.observe(attached, [CASES["plain"].batch(16)]).observation()
+        for path, moments in found.moments.items():
+            own = attached._recorder.moments[path]
+            assert moments.product.data_ptr() == own.product.data_ptr()
+
+
+def test_after_a_refusal_for_memory_nothing_is_known() -> None:
+    model = CASES["plain"].model()
+    policy = POLICY.model_copy(update={"calibration": otp.Calibration(memory=1e-6)})
+    with otp.attach(model, policy) as attached:
+        for _ in range(2):
+            with pytest.raises(CalibrationError) as error:
+                otp.observe(attached, [CASES["plain"].batch(16)])
+        assert attached.graph is None
+    assert " MiB." in error.value.problem and "Calibration.memory = 1e-06" in error.value.where
+
+
+def test_all_is_planned_inside_inference_mode() -> None:
+    model = CASES["residual"].model()
+    with torch.inference_mode(), otp.attach(model, POLICY) as attached:
+        assert otp.observe(attached, [CASES["residual"].batch(16)]).plan().cuts
+    assert not any(p.is_inference() for p in model.parameters())
+
+
+def test_a_batch_without_samples_is_refused() -> None:
+    model = CASES["plain"].model()
+    with otp.attach(model, POLICY), pytest.raises(CalibrationError) as error:
+        model(torch.zeros(0, 3, 8, 8, dtype=torch.float64))
+    assert error.value.problem == "batch 0 holds no sample."
 
 
 def test_a_copy_of_an_attached_model_is_not_attached() -> None:
@@ -252,6 +313,34 @@ def test_a_second_attachment_is_refused() -> None:
         otp.attach(model, POLICY)
     assert error.value.problem == "a policy is attached to this model already."
     otp.attach(model, POLICY).remove()
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_a_model_and_a_part_of_it_are_not_attached_at_once(inner_first: bool) -> None:
+    model = CASES["plain"].model()
+    first, second = (model[0], model) if inner_first else (model, model[0])
+    with (
+        otp.attach(first, otp.Policy(rules=otp.Channels(keep=0.5))),
+        pytest.raises(StructureError) as error,
+    ):
+        otp.attach(second, POLICY)
+    assert "that shares modules already." in error.value.problem
+
+
+@pytest.mark.parametrize(
+    ("policy", "fix"),
+    [("x", "pass a Policy."), (otp.Channels(), "wrap it: Policy(rules=...).")],
+)
+def test_what_is_no_policy_is_an_error(policy: Any, fix: str) -> None:
+    with pytest.raises(PolicyError) as error:
+        otp.attach(CASES["plain"].model(), policy)
+    assert error.value.fix == fix
+
+
+def test_what_is_no_model_is_an_error() -> None:
+    with pytest.raises(StructureError) as error:
+        otp.attach(None, POLICY)  # type: ignore[arg-type]
+    assert error.value.problem == "the model is of type NoneType."
 
 
 def test_no_policy_is_an_error() -> None:

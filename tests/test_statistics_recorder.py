@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tests.cases import CASES, plain
 from torch_otprune.errors import CalibrationError
 from torch_otprune.statistics import Moments, Recorder, collect, consumers, quote, sense
+from torch_otprune.statistics.moments import add_gram_
 from torch_otprune.statistics.patches import rows, supported
+from torch_otprune.statistics.sensitivity import Sensitivity
 from torch_otprune.structure import evaluating, run, trace
 
 
@@ -23,6 +25,11 @@ def recorded(model: nn.Module, paths: tuple[str, ...], batches: list[Any]) -> di
             run(model, batch)
     recorder.remove()
     return recorder.moments
+
+
+def sums(found: Sensitivity) -> list[Tensor]:
+    """List all that adds up."""
+    return [value for table, _ in found.tables() for value in table.values()]
 
 
 def split(x: Tensor, sizes: list[int]) -> list[Tensor]:
@@ -157,15 +164,19 @@ def test_sensitivity_does_not_depend_on_the_split_into_batches(name: str) -> Non
     assert found[0].samples == found[1].samples == 20
     torch.testing.assert_close(found[0].power, found[1].power)
     assert set(found[0].inputs) == set(found[1].inputs)
-    for a, b in zip(found[0].sums(), found[1].sums(), strict=True):
+    for a, b in zip(sums(found[0]), sums(found[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 DATA: dict[str, tuple[Any, str, str]] = {
     "empty": ([], "the data yielded no batch.", "data of type list"),
     "spent": (iter([]), "the data yielded no batch.", "iterator"),
-    "nan": ([torch.tensor([[0.0, 1.0], [float("nan"), 0.0]])], "holds NaN or infinity", "[1, 0]"),
-    "inf": ([torch.zeros(1, 2), torch.full((1, 2), torch.inf)], "holds NaN or infinity", "batch 1"),
+    "nan": ([torch.tensor([[0.0, 1.0], [float("nan"), 0.0]])], "the input holds NaN.", "[1, 0]"),
+    "nothing": (None, "the data is of type NoneType, not batches.", "data"),
+    "number": (5, "the data is of type int, not batches.", "data"),
+    "one mapping": ({"input": torch.zeros(4, 2)}, "the data is of type dict", "data"),
+    "no sample": ([torch.zeros(0, 2)], "batch 0 holds no sample.", "(0, 2)"),
+    "a silent function": (lambda model: None, "the data yielded no batch.", "function"),
 }
 
 
@@ -213,3 +224,12 @@ def test_a_function_that_fails_leaves_no_hook() -> None:
     with pytest.raises(KeyError, match="no data"):
         collect(model, feed, 8)
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("width", [3, 513, 1100])
+def test_a_wide_gram_is_the_product_of_the_rows(width: int) -> None:
+    rows = torch.randn(40, width, dtype=torch.float64)
+    total = torch.zeros(width, width, dtype=torch.float64)
+    add_gram_(total, rows)
+    torch.testing.assert_close(total, rows.T @ rows)
+    torch.testing.assert_close(total, total.T, rtol=0, atol=1e-12)

@@ -13,6 +13,7 @@ from tests.cases import CASES, Residual, cut, outputs, random_cuts
 from torch_otprune.errors import StructureError
 from torch_otprune.report import count_macs, count_params
 from torch_otprune.structure import Graph, Group, trace
+from torch_otprune.structure.depgraph import _between
 from torch_otprune.structure.layers import is_depthwise, is_linear
 from torch_otprune.surgery import cut_
 
@@ -192,6 +193,39 @@ class Grows(nn.Module):
         return self.fc(x)
 
 
+class Replaces(Grows):
+    """Makes its layer anew at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fc = nn.Linear(3, 3)
+        return self.fc(x)
+
+
+class Makes(Grows):
+    """Makes a parameter at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale = nn.Parameter(torch.ones(3))
+        return self.fc(x) * self.scale
+
+
+class Asserts(Grows):
+    """Raises what is no RuntimeError."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("width")
+
+
+def compiled(whole: bool) -> nn.Module:
+    """Compile a model in place, or a part of it by replacing it."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    if whole:
+        model.compile(backend="eager")
+    else:
+        model[1] = torch.compile(model[1], backend="eager")
+    return model
+
+
 def quantised() -> nn.Module:
     """A model with a layer whose class lives in a quantised package."""
     fake = type("Linear", (nn.Linear,), {"__module__": "torch.ao.nn.quantized.modules.linear"})
@@ -210,7 +244,18 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "quantised": (quantised, torch.zeros(2, 3), "'1' is a quantised Linear"),
     "wrong shape": (lambda: nn.Linear(3, 3), torch.zeros(2, 4), "does not run on the example"),
     "wrong kind": (lambda: nn.Linear(3, 3), "pixels", "does not run on the example"),
-    "grows": (Grows, torch.zeros(2, 3), "forward adds or removes modules"),
+    "scripted part": (
+        lambda: nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Linear(3, 3))),
+        torch.zeros(2, 3),
+        "'1' is scripted.",
+    ),
+    "compiled in place": (lambda: compiled(True), torch.zeros(2, 3), "the model is compiled."),
+    "compiled part": (lambda: compiled(False), torch.zeros(2, 3), "'1' is compiled."),
+    "grows": (Grows, torch.zeros(2, 3), "or replaces them: extra1."),
+    "replaces": (Replaces, torch.zeros(2, 3), "or replaces them: fc, fc.bias, fc.weight."),
+    "makes": (Makes, torch.zeros(2, 3), "or replaces them: scale."),
+    "asserts": (Asserts, torch.zeros(2, 3), "does not run on the example: width"),
+    "no module": (lambda: None, torch.zeros(2, 3), "the model is of type NoneType."),
 }
 
 
@@ -222,6 +267,43 @@ def test_a_model_that_cannot_be_analysed_is_refused(name: str) -> None:
         trace(build(), example)
     assert message in error.value.problem
     assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_layer_called_by_keyword_is_followed() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(input=torch.relu(self.a(input=x)))
+
+    assert trace(Keywords(), torch.randn(4, 7, 3)).full() == {"a": 5}
+
+
+def test_analysis_works_inside_inference_mode() -> None:
+    model = CASES["residual"].model()
+    with torch.inference_mode():
+        graph = trace(model, CASES["residual"].batch())
+    assert graph.full() == traced("residual")[2].full()
+
+
+def test_a_default_device_does_not_matter() -> None:
+    model, batch = CASES["plain"].model(), CASES["plain"].batch()
+    torch.set_default_device("meta")
+    try:
+        graph = trace(model, batch)
+    finally:
+        torch.set_default_device(None)
+    assert graph.full() == traced("plain")[2].full()
+
+
+def test_ops_between_two_points_are_found_in_linear_time() -> None:
+    start = end = torch.ones(1, requires_grad=True) * 1
+    for _ in range(3000):
+        end = end + end
+    assert len(_between(end.grad_fn, start.grad_fn)) == 3000
+    assert not _between(start.grad_fn, end.grad_fn)
 
 
 def test_a_wrong_example_is_quoted_with_its_shape() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -15,25 +15,29 @@ from torch_otprune.criteria.base import Criterion
 from torch_otprune.decide import decide
 from torch_otprune.errors import CalibrationError, PolicyError, StructureError
 from torch_otprune.plan import Plan
-from torch_otprune.policy import Policy, match, module_classes, policy_of
+from torch_otprune.policy import Policy, Rule, match, module_classes, policy_of
 from torch_otprune.policy.targets import selects
+from torch_otprune.repair.base import Repair
 from torch_otprune.statistics import (
     Observation,
     Recorder,
     Reservoir,
+    blame,
+    check_batch,
+    check_memory,
     collect,
     conclude,
     consumers,
+    finite,
     quote,
 )
-from torch_otprune.statistics.reduce import share
-from torch_otprune.structure import Call, Graph, batch_size, evaluating, head, trace
-from torch_otprune.structure.forward import run_checked
+from torch_otprune.statistics.reduce import ranks, ranks_where, share
+from torch_otprune.structure import Call, Graph, batch_size, evaluating, head, map_tensors, trace
+from torch_otprune.structure.forward import outside_inference, run_checked
 from torch_otprune.structure.trace import check
 
 __all__ = ["EXAMPLE", "Attached", "attach", "check_unattached", "observe"]
 
-_log = logging.getLogger(__name__)
 EXAMPLE = 2  # samples of the first batch that the trace runs on
 
 
@@ -53,17 +57,12 @@ def attach(model: nn.Module, policy: Policy | None = None, *, example: Any = Non
 
     Raises:
         PolicyError: if there is no policy.
-        StructureError: if the model cannot be pruned, or has a policy attached already.
+        StructureError: if the model cannot be pruned, or it, a part of it or what it is a part of
+            has a policy attached already.
         TargetError: if a target matches nothing.
     """
     check(model)
-    found = policy or policy_of(model)
-    if found is None:
-        raise PolicyError(
-            "there is no policy for this model.",
-            where=f"attach({type(model).__name__})",
-            fix="pass a Policy, or declare one with @otp.prunable on the class.",
-        )
+    found = _policy(model, policy)
     check_unattached(model)
     classes = module_classes(model)
     for index, rule in enumerate(found.rules):
@@ -71,8 +70,27 @@ def attach(model: nn.Module, policy: Policy | None = None, *, example: Any = Non
     return Attached(model, found, example)
 
 
+def _policy(model: nn.Module, given: object) -> Policy:
+    found = policy_of(model) if given is None else given
+    where = f"attach({type(model).__name__})"
+    if found is None:
+        raise PolicyError(
+            "there is no policy for this model.",
+            where=where,
+            fix="pass a Policy, or declare one with @otp.prunable on the class.",
+        )
+    if not isinstance(found, Policy):
+        wrap = "wrap it: Policy(rules=...)" if isinstance(found, Rule) else "pass a Policy"
+        raise PolicyError(
+            f"the policy is of type {type(found).__name__}.", where=where, fix=f"{wrap}."
+        )
+    return found
+
+
 def check_unattached(model: nn.Module) -> None:
     """Refuse a model that is being watched: its hooks would watch the work on it.
+
+    Nor may a part of it be watched, or what it is a part of: they share modules.
 
     Args:
         model: any module.
@@ -80,9 +98,13 @@ def check_unattached(model: nn.Module) -> None:
     Raises:
         StructureError: if a policy is attached.
     """
-    if any(isinstance(h, _Watch) and h.attached for h in model._forward_pre_hooks.values()):
+    own = set(model.modules())
+    for other in (attached.model for attached in _LIVE):
+        if own.isdisjoint(other.modules()):
+            continue
+        what = "this model" if other is model else f"a {type(other).__name__} that shares modules"
         raise StructureError(
-            "a policy is attached to this model already.",
+            f"a policy is attached to {what} already.",
             where=type(model).__name__,
             fix="remove the first attachment, or leave its `with` block.",
         )
@@ -100,12 +122,12 @@ def observe(attached: Attached, data: Iterable[Any] | Callable[[nn.Module], Any]
         the same handle.
 
     Raises:
-        CalibrationError: if there is no batch, or one holds NaN or infinity.
+        CalibrationError: if there is no batch, one holds NaN, or the model makes NaN or infinity.
     """
     model = attached.model
     with attached.unwatched():  # a callable runs the model to show its batches
         batches = collect(model, data, share(attached.policy.calibration.samples))
-    with evaluating(model), torch.no_grad():
+    with outside_inference(), evaluating(model), torch.no_grad():
         for index, batch in enumerate(batches):
             run_checked(model, batch, index)
     return attached
@@ -127,12 +149,18 @@ class Attached:
         self._recorder = Recorder(model, (), samples=1, rows_per_column=1, seed=0)
         self._probes = Reservoir(policy.calibration.probe, policy.seed)
         self._example: Any = None
+        self._batch: Any = None
+        self._batches = 0
         self._paths: tuple[str, ...] = ()
         self._needs = _needs(policy)
         if example is not None:
             self._analyse(example)
         self._watch = _Watch(self)
-        self._handle = model.register_forward_pre_hook(self._watch, with_kwargs=True)
+        self._handles = [
+            model.register_forward_pre_hook(self._watch, with_kwargs=True),
+            model.register_forward_hook(_Leave(self._watch)),
+        ]
+        _LIVE.add(self)
 
     def __enter__(self) -> Attached:
         return self
@@ -168,8 +196,11 @@ class Attached:
 
     def remove(self) -> None:
         """Take every hook off. What was seen stays available to `plan`."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._recorder.remove()
+        self._batch = None
+        _LIVE.discard(self)
 
     def plan(self) -> Plan:
         """Decide what to remove, and check the decision on the real model. Nothing is removed.
@@ -181,11 +212,11 @@ class Attached:
             CalibrationError: if the model was not run.
         """
         graph = self._known()
-        with self.unwatched():
+        with self.unwatched(), outside_inference():
             return decide(self.model, self.policy, graph, self.observation(), self._example)
 
     def observation(self) -> Observation:
-        """Sum up what was seen, over all ranks.
+        """Sum up what was seen, over all ranks. What is seen later adds to it.
 
         Returns:
             the statistics.
@@ -194,48 +225,62 @@ class Attached:
             CalibrationError: if the model was not run.
         """
         self._known()
-        if "moments" in self._needs and not self._recorder.moments and self._paths:
-            raise CalibrationError(
-                "the model was not run since the policy was attached.",
-                where=f"attach({type(self.model).__name__})",
-                fix="run calibration batches through the model before plan().",
+        blind = "moments" in self._needs and bool(self._paths) and not self._recorder.moments
+        if len(ranks_where(blind)) == ranks():
+            raise self._not_run("run calibration batches through the model before plan().")
+        with self.unwatched():  # the probes of the sensitivity are no new data
+            return conclude(
+                self.model,
+                self._recorder,
+                self._probes.batches(),
+                self._paths,
+                samples=self.samples,
+                feel="sensitivity" in self._needs,
+                seed=self.policy.seed,
             )
-        return conclude(
-            self.model,
-            self._recorder,
-            self._probes.batches(),
-            self._paths,
-            samples=self.samples,
-            feel="sensitivity" in self._needs and self.samples > 0,
-            seed=self.policy.seed,
-        )
 
     def _known(self) -> Graph:
-        if self.graph is None:
-            raise CalibrationError(
-                "the model was not run since the policy was attached.",
-                where=f"attach({type(self.model).__name__})",
-                fix="run calibration batches through the model before plan(), or pass example=.",
+        missing = ranks_where(self.graph is None)  # all ranks fail, or those that wait hang
+        if missing or self.graph is None:
+            raise self._not_run(
+                "run calibration batches through the model before plan(), or pass example="
+                + (f"; rank {missing[0]} saw none." if ranks() > 1 else ".")
             )
         return self.graph
 
+    def _not_run(self, fix: str) -> CalibrationError:
+        return CalibrationError(
+            "the model was not run since the policy was attached.",
+            where=f"attach({type(self.model).__name__})",
+            fix=fix,
+        )
+
     def _analyse(self, batch: Any) -> None:
-        self._example = head(batch, EXAMPLE)
-        self.graph = trace(self.model, self._example)
-        self._paths = self._readers(self.graph)
-        if "moments" not in self._needs:
-            return
+        with outside_inference():
+            example = map_tensors(head(batch, EXAMPLE), lambda t: t.detach().clone())
+        graph = trace(self.model, example)
+        paths = self._readers(graph)
+        if "moments" in self._needs:
+            self._recorder = self._recording(paths)
+        # last: after a refusal nothing is known
+        self._example, self._paths, self.graph = example, paths, graph
+
+    def _recording(self, paths: tuple[str, ...]) -> Recorder:
         calibration = self.policy.calibration
-        _log.info("statistics will take %.1f MiB", self.bytes / 2**20)
-        if self.bytes > calibration.memory * 2**30:
-            self._refuse()
-        self._recorder = Recorder(
+        check_memory(self.model, paths, calibration.memory)
+        return Recorder(
             self.model,
-            self._paths,
+            paths,
             samples=calibration.samples,
             rows_per_column=calibration.rows_per_dim,
             seed=self.policy.seed,
+            explain=self._explain,
         )
+
+    def _explain(self, seen: str) -> CalibrationError:
+        """Run the batch that is under way once more, to find where it went wrong."""
+        with self.unwatched(), outside_inference():
+            return blame(self.model, self._batch, seen)
 
     def _readers(self, graph: Graph) -> tuple[str, ...]:
         """List the consumers of the groups that some rule reaches."""
@@ -253,30 +298,39 @@ class Attached:
         ]
         return consumers(graph, reached)
 
-    def _refuse(self) -> None:
-        widest = sorted(self._paths, key=lambda path: -quote(self.model, [path]))[:3]
-        sizes = [f"'{path}' {quote(self.model, [path]) / 2**30:.1f} GiB" for path in widest]
-        raise CalibrationError(
-            f"the statistics would take {self.bytes / 2**30:.1f} GiB.",
-            where=f"Calibration.memory = {self.policy.calibration.memory:g}; {', '.join(sizes)}",
-            fix="raise Calibration.memory, or ignore the layers that feed the widest ones.",
-        )
-
     def see(self, batch: Call) -> None:
         """Take notice of a batch that is about to run.
 
         Args:
             batch: the model's arguments.
         """
+        size = batch_size(batch)
+        wanted = min(size, share(self.policy.calibration.samples) - self.samples)
+        if wanted > 0 or self.graph is None:
+            check_batch(batch, self._batches)
         if self.graph is None:
             self._analyse(batch)
-        calibration = self.policy.calibration
-        wanted = self.samples < share(calibration.samples)
-        self._recorder.active = wanted
-        if wanted:
-            self.samples += batch_size(batch)
-            if "sensitivity" in self._needs:
-                self._probes.add(batch)
+        self._recorder.look(size, wanted)
+        self._batches += 1
+        if wanted <= 0:
+            return
+        self._batch = batch
+        self.samples += wanted
+        if "sensitivity" in self._needs:
+            self._probes.add(head(batch, wanted))
+
+    def leave(self, output: Any) -> None:
+        """Take notice of what came out.
+
+        Args:
+            output: the model's.
+
+        Raises:
+            CalibrationError: if it holds NaN or infinity.
+        """
+        if self._batch is not None and not finite(output):
+            raise self._explain("the model's output")
+        self._batch = None
 
 
 def _needs(policy: Policy) -> frozenset[str]:
@@ -285,8 +339,8 @@ def _needs(policy: Policy) -> frozenset[str]:
     for rule in policy.rules:
         criterion = getattr(rule, "criterion", None)
         needs |= criterion.needs if isinstance(criterion, Criterion) else set()
-        if any(r.kind in ("least_squares", "reconstruct") for r in getattr(rule, "repair", ())):
-            needs.add("moments")
+        for repair in getattr(rule, "repair", ()):
+            needs |= repair.needs if isinstance(repair, Repair) else set()
     if policy.budget is not None and policy.budget.weighting == "output":
         needs |= {"moments", "sensitivity"}
     return frozenset(needs)
@@ -311,3 +365,17 @@ class _Watch:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle without the handle: a copy of the model is not attached."""
         return _Watch, (None,)
+
+
+class _Leave:
+    """The hook on the root that sees what comes out."""
+
+    def __init__(self, watch: _Watch) -> None:
+        self.watch = watch
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
+        if self.watch.attached is not None and not self.watch.busy:
+            self.watch.attached.leave(out)
+
+
+_LIVE: weakref.WeakSet[Attached] = weakref.WeakSet()  # all that is attached at the moment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -18,6 +19,7 @@ from torch_otprune.policy import Channels, Policy, Rule, match, module_classes, 
 from torch_otprune.statistics.evidence import Evidence, gather
 from torch_otprune.statistics.observation import Observation
 from torch_otprune.structure.graph import Blocked, Graph, Group
+from torch_otprune.structure.layers import shared
 
 __all__ = ["PROPOSERS", "Candidate", "Case", "Offer", "proposes"]
 
@@ -41,6 +43,11 @@ class Case:
     observation: Observation
     weighting: str
     banned: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def ties(self) -> frozenset[str]:
+        """List the modules that share tensors with others."""
+        return shared(self.model)
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,7 @@ def _candidate(case: Case, group: Group, index: int, rule: Channels) -> Candidat
     assert isinstance(criterion, Criterion)
     evidence = _evidence(case, group)
     ranking = criterion.rank(evidence)
-    refits = any(repair.kind in ("least_squares", "reconstruct") for repair in rule.repair)
+    refits = any(getattr(repair, "refits", False) for repair in rule.repair)
     curve, unit = _price(case, ranking, evidence, refits=refits)
 
     def choose(size: int) -> Tensor:
@@ -212,6 +219,7 @@ def _evidence(case: Case, group: Group) -> Evidence:
         moments=dict(case.observation.moments),
         sensitivity=case.observation.sensitivity,
         feel=case.weighting == "output",
+        ties=case.ties,
         seed=case.policy.seed,
     )
 

@@ -221,7 +221,7 @@ class Calibration(Declaration):
         description="samples read at most, over all ranks; further batches are not run",
     )
     rows_per_dim: Count = Field(
-        default=8,
+        default=4,
         description="rows gathered per unknown of a least-squares problem; more positions than "
         "that are sub-sampled",
     )

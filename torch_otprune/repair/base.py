@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,13 +12,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from torch_otprune.criteria.base import Need
 from torch_otprune.plan.model import Cut
 from torch_otprune.policy.registry import REPAIRS, Setting
 from torch_otprune.repair.lockstep import Pause, Site
 from torch_otprune.statistics.patches import output_rows, supported
 from torch_otprune.structure.graph import Graph
-from torch_otprune.structure.layers import BatchNorm, channels
-from torch_otprune.surgery.cut import merged
+from torch_otprune.structure.layers import (
+    BatchNorm,
+    channels,
+    norm_behind,
+    norms_behind,
+    shared,
+    tensor,
+)
+from torch_otprune.surgery.cut import merged, put_
 
 __all__ = ["Note", "Patient", "Repair", "register"]
 
@@ -57,7 +64,8 @@ class Patient:
 
     Args:
         dense: the original; never written.
-        small: the cut model, to be written through `surgery.put_` only.
+        small: the cut model. Write it through `surgery.put_`, which replaces a tensor; a repair
+            that trains the parameters writes into them, in place.
         graph: the original's analysis.
         cuts: what is to be repaired.
         every: all that was cut.
@@ -78,34 +86,38 @@ class Patient:
     @cached_property
     def _left(self) -> dict[str, Tensor]:
         pieces = (p for p in merged(self.every) if p.side != "in")
-        return {piece.path: torch.tensor(piece.keep) for piece in pieces}
+        return {piece.path: torch.tensor(piece.keep, device="cpu") for piece in pieces}
 
     @cached_property
     def _shared(self) -> frozenset[str]:
-        """List the modules that hold a tensor of another one: whoever writes it unties them."""
-        owners: dict[int, list[str]] = defaultdict(list)
-        for name, parameter in self.small.named_parameters(remove_duplicate=False):
-            owners[id(parameter)].append(name.rpartition(".")[0])
-        return frozenset(name for names in owners.values() if len(names) > 1 for name in names)
+        return shared(self.small)
 
     def kept(self, path: str) -> Tensor | None:
         """List the output channels that a layer kept; None where all did."""
         return self._left.get(path)
 
     def norm_behind(self, path: str) -> nn.Module | None:
-        """Find the batch-norm that directly follows a layer in the cut model."""
-        tail = self.graph.tails.get(path)
-        names = tail.modules if tail is not None else ()
-        own = (n for n in names if n not in self.graph.repeated and n not in self._shared)
-        norms = [self.small.get_submodule(name) for name in own]
-        return next(
-            (n for n in norms if isinstance(n, BatchNorm) and n.running_mean is not None), None
-        )
+        """Find the batch-norm of the cut model that can take up a shift of a layer's output."""
+        name = norm_behind(self.small, self.graph, path, self._shared)
+        return None if name is None else self.small.get_submodule(name)
 
     def absorbs(self, path: str) -> bool:
         """Tell whether a constant at a layer's output has somewhere to go."""
         bias = getattr(self.small.get_submodule(path), "bias", None)
         return bias is not None or self.norm_behind(path) is not None
+
+    def shift_(self, path: str, by: Float[Tensor, " out"]) -> None:
+        """Move a layer's output by a constant: in its bias, or in the batch-norm behind it.
+
+        Args:
+            path: the layer; one that `absorbs`.
+            by: what to add, in float64.
+        """
+        module, norm = self.small.get_submodule(path), self.norm_behind(path)
+        if getattr(module, "bias", None) is not None:
+            put_(module, "bias", tensor(module, "bias").double() + by)
+        elif norm is not None:
+            put_(norm, "running_mean", tensor(norm, "running_mean").double() - by)
 
     def width(self, path: str) -> int:
         """Count a layer's output channels in the cut model."""
@@ -132,7 +144,7 @@ class Patient:
             dense: what the dense model shows there.
             small: what the cut model shows there.
             at: output positions.
-            drift: whether to make up for the stream.
+            drift: whether to make up for the stream, where it is known how to.
 
         Returns:
             rows in float64, one column per output channel that the layer kept.
@@ -144,16 +156,27 @@ class Patient:
         y = y if kept is None else y[:, kept.to(y.device)]
         if not drift or kept is not None or dense.stream is None or small.stream is None:
             return y
+        gain = self._gain(site.path)
+        if gain is None:
+            return y
         moved = dense.stream.double() - small.stream.double()
         if moved.shape != dense.output.shape:  # a broadcast stream
             return y
-        return y + output_rows(module, moved, at) * self._gain(site.path)
+        return y + output_rows(module, moved, at) * gain
 
-    def _gain(self, path: str) -> Tensor | float:
-        """Undo the scale of the batch-norm between a layer and the stream."""
-        norm = self.norm_behind(path)
-        if not isinstance(norm, BatchNorm) or norm.running_var is None:
+    def _gain(self, path: str) -> Tensor | float | None:
+        """Undo the scale of the batch-norm between a layer and the stream, if there is just one.
+
+        Returns:
+            a factor per channel; None where it cannot be told: several norms, one that serves
+            other layers too, or one that normalises with the batch.
+        """
+        norms = norms_behind(self.small, self.graph, path)
+        if not norms:
             return 1.0
+        norm = self.norm_behind(path)
+        if len(norms) > 1 or not isinstance(norm, BatchNorm) or norm.running_var is None:
+            return None
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         if norm.weight is not None:
             scale = scale * norm.weight.detach().double()
@@ -164,7 +187,8 @@ class Patient:
 class Repair(Setting, ABC):
     """Bring a cut model closer to its original. A subclass is one file."""
 
-    needs_data: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset()  # statistics that pricing with it takes
+    refits: ClassVar[bool] = False  # whether a cut is priced by what a refit leaves
 
     @abstractmethod
     def apply_(self, patient: Patient) -> tuple[Note, ...]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from torch_otprune.repair.base import Note, Patient, Repair, register
 from torch_otprune.repair.lockstep import Lockstep, Pause, Site
 from torch_otprune.statistics.patches import output_rows, pick, positions
 from torch_otprune.statistics.reduce import all_sum_
-from torch_otprune.structure.layers import tensor
-from torch_otprune.surgery.cut import put_
 
 __all__ = ["Bias"]
 
@@ -56,6 +53,7 @@ class _Shift:
     def __init__(self, patient: Patient, notes: list[Note]) -> None:
         self.patient, self.notes = patient, notes
 
+    @torch.no_grad()
     def mend(self, site: Site, pauses: list[tuple[Pause, Pause]]) -> None:
         module = self.patient.small.get_submodule(site.path)
         device = pauses[0][1].inputs.device
@@ -78,13 +76,5 @@ class _Shift:
         scale = float(power.sum().clamp_min(1e-300))
         before = float(square.sum()) / scale
         after = float((square - count * shift.square()).sum()) / scale
-        self._write(site.path, shift)
+        self.patient.shift_(site.path, shift)
         self.notes.append(Note("bias", site.path, before, after, accepted=True))
-
-    def _write(self, path: str, shift: Tensor) -> None:
-        module = self.patient.small.get_submodule(path)
-        norm = self.patient.norm_behind(path)
-        if getattr(module, "bias", None) is not None:
-            put_(module, "bias", tensor(module, "bias").double() + shift)
-        elif norm is not None:
-            put_(norm, "running_mean", tensor(norm, "running_mean").double() - shift)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from torch_otprune.criteria.base import Need
 from torch_otprune.repair.base import Note, Patient, Repair, register
 from torch_otprune.repair.lockstep import Lockstep, Pause, Site
 from torch_otprune.repair.solve import Fit, Normal, solve
@@ -40,6 +41,9 @@ class LeastSquares(Repair):
     stream in the target are ours.
     """
 
+    needs: ClassVar[frozenset[Need]] = frozenset({"moments"})
+    refits: ClassVar[bool] = True
+
     kind: Literal["least_squares"] = "least_squares"
     ridge: float | None = Field(
         default=None,
@@ -50,7 +54,8 @@ class LeastSquares(Repair):
     drift: bool = Field(default=True, description="whether targets make up for the stream's drift")
     scope: Literal["consumers", "all"] = Field(
         default="all",
-        description="refit every layer from the first that lost inputs, or only those",
+        description="refit every layer from the first that lost inputs, or only those; layers "
+        "that only cuts of other rules touch are left to these",
     )
 
     def apply_(self, patient: Patient) -> tuple[Note, ...]:
@@ -63,11 +68,15 @@ class LeastSquares(Repair):
         return tuple(notes)
 
     def _sites(self, patient: Patient) -> tuple[list[Site], list[Note]]:
+        order = patient.graph.order
         hit = {s.path for c in patient.cuts for s in c.slices if s.side == "in"}
-        first = min((patient.graph.order.index(p) for p in hit), default=0)
-        wanted = set(patient.graph.order[first:]) if self.scope == "all" else hit
+        names = {c.group for c in patient.cuts}
+        # what only other rules' cuts touch is theirs to repair, or to leave
+        foreign = {s.path for c in patient.every if c.group not in names for s in c.slices}
+        first = min((order.index(p) for p in hit if p in order), default=len(order))
+        wanted = hit | (set(order[first:]) - foreign) if self.scope == "all" else hit
         sites, notes = [], []
-        for path in (p for p in patient.graph.order if p in wanted):
+        for path in (p for p in order if p in wanted):
             if why := patient.unfit(path):
                 notes.append(Note(self.kind, path, None, None, accepted=False, text=why))
             else:
@@ -140,15 +149,7 @@ class _Refit:
         self, module: nn.Module, path: str, new: Tensor, old: Tensor, *, offset: bool
     ) -> None:
         if offset:
-            norm = self.patient.norm_behind(path)
-            if getattr(module, "bias", None) is not None:
-                put_(module, "bias", new[-1])
-            elif norm is not None:
-                put_(
-                    norm,
-                    "running_mean",
-                    tensor(norm, "running_mean").double() - (new[-1] - old[-1]),
-                )
+            self.patient.shift_(path, new[-1] - old[-1])
             new = new[:-1]
         put_(module, "weight", _shaped(module, new.T))
 
@@ -170,10 +171,17 @@ def _blocks(module: nn.Module, offset: bool) -> list[tuple[Tensor, Tensor]]:
     """List the columns and outputs of each group of a grouped convolution."""
     width = columns(module)
     if not isinstance(module, Conv) or module.groups == 1:
-        return [(torch.arange(width + offset), torch.arange(channels(module, "out") or 0))]
+        return [
+            (
+                torch.arange(width + offset, device="cpu"),
+                torch.arange(channels(module, "out") or 0, device="cpu"),
+            )
+        ]
     groups = module.groups
-    inputs, outputs = (torch.arange(n).chunk(groups) for n in (width, module.out_channels))
-    extra = torch.tensor([width] * offset, dtype=torch.int64)
+    inputs, outputs = (
+        torch.arange(n, device="cpu").chunk(groups) for n in (width, module.out_channels)
+    )
+    extra = torch.tensor([width] * offset, dtype=torch.int64, device="cpu")
     return [(torch.cat([c, extra]), o) for c, o in zip(inputs, outputs, strict=True)]
 
 

@@ -339,7 +339,7 @@ def distance(dense: nn.Module, small: nn.Module, batches: Sequence[Any]) -> floa
     Returns:
         squared error over squared reference, over all batches, outputs and ranks.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu")
     with evaluating(dense), evaluating(small), torch.no_grad():
         for batch in batches:
             pair = flat_tensors(run(dense, batch)), flat_tensors(run(small, batch))

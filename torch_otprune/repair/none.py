@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch_otprune.repair.base import Note, Patient, Repair, register
 
@@ -17,7 +17,6 @@ class NoRepair(Repair):
     """
 
     kind: Literal["none"] = "none"
-    needs_data: ClassVar[bool] = False
 
     def apply_(self, patient: Patient) -> tuple[Note, ...]:
         """Do nothing."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import cos, pi
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from torch_otprune.criteria.base import Need
 from torch_otprune.repair.base import Note, Patient, Repair, register
 from torch_otprune.repair.blocks import blocks
 from torch_otprune.repair.least_squares import LeastSquares
@@ -23,6 +25,7 @@ __all__ = ["Reconstruct"]
 
 _HELD = 8  # one batch in this many is held out
 _SLICE = 64  # samples per step
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @register
@@ -36,11 +39,15 @@ class Reconstruct(Repair):
     statistics.
 
     Limits: can fit the calibration samples too well; a held-out part decides whether the result
-    is kept. Nothing here sees a label.
+    is kept. Weights in half precision swallow such small steps and are left as the refit made them.
+    Nothing here sees a label.
 
     Source: block-wise reconstruction as in Li et al. 2021 (BRECQ), section 3.2; all blocks at
     once, by shares of their power, are ours.
     """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"moments"})
+    refits: ClassVar[bool] = True
 
     kind: Literal["reconstruct"] = "reconstruct"
     steps: int = Field(default=400, ge=1, description="gradient steps")
@@ -54,6 +61,9 @@ class Reconstruct(Repair):
     def apply_(self, patient: Patient) -> tuple[Note, ...]:
         """Refit, then descend; keep the result if held-out samples agree."""
         first = self.least_squares.apply_(patient) if self.least_squares else ()
+        if any(p.dtype in _HALF for p in patient.small.parameters()):
+            text = "half precision: steps would be lost in rounding"
+            return (*first, Note(self.kind, "model", None, None, accepted=False, text=text))
         train, held = _split(patient.batches)
         weights = list(patient.small.parameters())
         start = [w.detach().clone() for w in weights]
@@ -67,6 +77,7 @@ class Reconstruct(Repair):
         with torch.no_grad():
             for weight, old in zip(weights, start, strict=True):
                 weight.copy_(old)
+        torch.clear_autocast_cache()
         text = f"held-out samples would be {after:.3f} off"
         return (*first, Note(self.kind, "model", before, before, accepted=False, text=text))
 
@@ -84,7 +95,7 @@ def _halves(batch: Any) -> list[Any]:
     size = batch_size(batch)
     cut = max(1, size - size // _HELD)
     parts = [slice(0, cut), slice(cut, size)] if cut < size else [slice(0, size)] * 2
-    return [_rows(batch, torch.arange(size)[part]) for part in parts]
+    return [_rows(batch, torch.arange(size, device="cpu")[part]) for part in parts]
 
 
 def _rows(batch: Any, at: Tensor) -> Any:
@@ -132,48 +143,56 @@ class _Keep:
 
 def _descend(setting: Reconstruct, patient: Patient, batches: Sequence[Any]) -> int:
     """Take the steps; return how many there was time for."""
-    dense, small = patient.dense, patient.small
-    paths = blocks(dense, patient.cuts)
-    generator = torch.Generator().manual_seed(patient.seed)
-    live = [p for p in small.parameters() if p.is_floating_point()]
-    before = [(p, p.requires_grad, p.grad) for p in live]
-    optimiser = torch.optim.Adam(live, lr=setting.rate)
+    paths = blocks(patient.dense, patient.cuts)
+    generator = torch.Generator("cpu").manual_seed(patient.seed)
     deadline = time.monotonic() + setting.seconds
     done = 0
+    with (
+        evaluating(patient.dense),
+        evaluating(patient.small),
+        torch.enable_grad(),
+        _training(patient.small) as live,
+        _Taps(patient.dense, paths) as teacher,
+        _Taps(patient.small, paths) as pupil,
+    ):
+        optimiser = torch.optim.Adam(live, lr=setting.rate)
+        while done < setting.steps and time.monotonic() < deadline:
+            for group in optimiser.param_groups:
+                group["lr"] = setting.rate * 0.5 * (1 + cos(pi * done / setting.steps))
+            batch = _draw(batches, generator)
+            with torch.no_grad():
+                goal = teacher.run(batch)
+            loss = _loss(goal, pupil.run(batch), setting.outputs)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            torch.clear_autocast_cache()  # the caller's, if any, holds the old weights
+            done += 1
+            patient.progress("reconstruct", done, setting.steps)
+    return done
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Let every floating-point parameter learn; flags and gradients come back afterwards."""
+    live = [p for p in model.parameters() if p.is_floating_point()]
+    before = [(p, p.requires_grad, p.grad) for p in live]
     try:
         for p in live:
             p.requires_grad_(True)
             p.grad = None
-        with (
-            evaluating(dense),
-            evaluating(small),
-            torch.enable_grad(),
-            _Taps(dense, paths) as teacher,
-            _Taps(small, paths) as pupil,
-        ):
-            while done < setting.steps and time.monotonic() < deadline:
-                for group in optimiser.param_groups:
-                    group["lr"] = setting.rate * 0.5 * (1 + cos(pi * done / setting.steps))
-                batch = _draw(batches, generator)
-                with torch.no_grad():
-                    goal = teacher.run(batch)
-                loss = _loss(goal, pupil.run(batch), setting.outputs)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                done += 1
-                patient.progress("reconstruct", done, setting.steps)
+        yield live
     finally:
         for p, flag, gradient in before:
             p.requires_grad_(flag)
             p.grad = gradient
-    return done
 
 
 def _draw(batches: Sequence[Any], generator: torch.Generator) -> Any:
     """Draw samples of one batch."""
-    batch = batches[int(torch.randint(len(batches), (1,), generator=generator))]
-    return _rows(batch, torch.randperm(batch_size(batch), generator=generator)[:_SLICE])
+    batch = batches[int(torch.randint(len(batches), (1,), generator=generator, device="cpu"))]
+    order = torch.randperm(batch_size(batch), generator=generator, device="cpu")
+    return _rows(batch, order[:_SLICE])
 
 
 def _loss(
@@ -194,4 +213,6 @@ def _loss(
 
 
 def _relative(goal: Tensor, got: Tensor) -> Tensor:
+    if goal.dtype in _HALF:  # an output cast by the model itself, or autocast
+        goal, got = goal.float(), got.float()
     return (got - goal).square().mean() / goal.square().mean().clamp_min(1e-12)

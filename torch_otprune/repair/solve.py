@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_otprune.statistics.moments import add_gram_
+
 __all__ = ["Fit", "Normal", "solve"]
 
 
@@ -19,13 +21,11 @@ class Normal:
         gram: summed products of inputs with inputs.
         cross: summed products of inputs with targets.
         power: summed squares of each target.
-        count: rows seen.
     """
 
     gram: Float[Tensor, "columns columns"]
     cross: Float[Tensor, "columns out"]
     power: Float[Tensor, " out"]
-    count: int = 0
 
     @classmethod
     def empty(cls, columns: int, out: int, device: torch.device) -> Normal:
@@ -36,25 +36,17 @@ class Normal:
 
     def update(self, x: Float[Tensor, "rows columns"], y: Float[Tensor, "rows out"]) -> None:
         """Add rows and their targets."""
-        self.gram.addmm_(x.T, x)
+        add_gram_(self.gram, x)
         self.cross.addmm_(x.T, y)
         self.power += y.square().sum(0)
-        self.count += len(x)
 
     def plus(self, other: Normal) -> Normal:
         """Pool two sets of rows."""
-        return Normal(
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.power + other.power,
-            self.count + other.count,
-        )
+        return Normal(self.gram + other.gram, self.cross + other.cross, self.power + other.power)
 
     def part(self, columns: Tensor, out: Tensor) -> Normal:
         """Restrict to some columns and outputs, for a grouped layer."""
-        return Normal(
-            self.gram[columns][:, columns], self.cross[columns][:, out], self.power[out], self.count
-        )
+        return Normal(self.gram[columns][:, columns], self.cross[columns][:, out], self.power[out])
 
     def error(self, weight: Float[Tensor, "columns out"]) -> float:
         """Sum the squared residuals of a weight over all rows and outputs."""

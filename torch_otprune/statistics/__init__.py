@@ -1,10 +1,11 @@
 """Calibration batches in, statistics of a fixed size out."""
 
-from torch_otprune.statistics.data import check_finite, collect, rebatched
+from torch_otprune.statistics.blame import blame, finite
+from torch_otprune.statistics.data import check_batch, collect, rebatched
 from torch_otprune.statistics.evidence import Consumer, Evidence, gather
 from torch_otprune.statistics.moments import Moments
 from torch_otprune.statistics.observation import Observation, conclude
-from torch_otprune.statistics.recorder import Recorder, consumers, quote
+from torch_otprune.statistics.recorder import Recorder, check_memory, consumers, quote
 from torch_otprune.statistics.reservoir import Reservoir
 from torch_otprune.statistics.sensitivity import Sensitivity, sense
 
@@ -16,10 +17,13 @@ __all__ = [
     "Recorder",
     "Reservoir",
     "Sensitivity",
-    "check_finite",
+    "blame",
+    "check_batch",
+    "check_memory",
     "collect",
     "conclude",
     "consumers",
+    "finite",
     "gather",
     "quote",
     "rebatched",

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_otprune.errors import CalibrationError
-from torch_otprune.structure.forward import Call, batch_size, flat_tensors, head, joined, make
+from torch_otprune.statistics.reduce import rank, ranks_where
+from torch_otprune.structure.forward import (
+    Call,
+    batch_size,
+    called,
+    evaluating,
+    flat_tensors,
+    head,
+    joined,
+    make,
+    map_tensors,
+    outside_inference,
+)
 
-__all__ = ["check_finite", "collect", "rebatched"]
+__all__ = ["check_batch", "collect", "rebatched"]
 
 _BATCH = 64
 
@@ -21,8 +33,10 @@ def collect(
 ) -> list[Any]:
     """Take batches from an iterable, or record those that a callable runs the model on.
 
+    Where several ranks share the work, all of them fail if one does.
+
     Args:
-        model: the model; run only where data is a callable.
+        model: the model; run only where data is a callable, in evaluation mode.
         data: batches (tensor, tuple, mapping, Transformers batch), or a function of the model.
         samples: how many to take at most; the last batch is shortened.
 
@@ -30,19 +44,44 @@ def collect(
         at least one batch.
 
     Raises:
-        CalibrationError: if there is nothing to take, or a batch holds NaN or infinity.
+        CalibrationError: if there is nothing to take, or a batch is empty or holds NaN.
     """
+    failure: Exception | None = None
+    batches: list[Any] = []
+    try:
+        batches = _taken(model, data, samples)
+    except Exception as error:  # noqa: BLE001  # raised below: the other ranks must hear of it
+        failure = error
+    failed = ranks_where(failure is not None)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise CalibrationError(
+            f"the data of rank {failed[0]} cannot be used.",
+            where=f"seen from rank {rank()}",
+            fix=f"read the error of rank {failed[0]}, and give every rank some batches.",
+        )
+    return batches
+
+
+def _taken(model: nn.Module, data: Any, samples: int) -> list[Any]:
     if isinstance(data, Tensor):
         data = [data]
-    source = _recorded(model, data) if callable(data) and not isinstance(data, Iterable) else data
+    recorded = callable(data) and not isinstance(data, Iterable)
+    if not recorded and (isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable)):
+        raise CalibrationError(
+            f"the data is of type {type(data).__name__}, not batches.",
+            where="data",
+            fix="pass a list of batches, a DataLoader, or a function that runs the model.",
+        )
     batches: list[Any] = []
     left = samples
-    for batch in source:
+    for batch in _recorded(model, data, samples) if recorded else data:
         if left <= 0:
             break
-        check_finite(batch, len(batches))
+        check_batch(called(model, batch), len(batches))
         size = batch_size(batch)
-        batches.append(batch if size <= left else head(batch, left))
+        batches.append(_usable(batch if size <= left else head(batch, left)))
         left -= size
     if not batches:
         raise CalibrationError(
@@ -51,6 +90,14 @@ def collect(
             fix="pass a list or a DataLoader with batches; an iterator is spent after one pass.",
         )
     return batches
+
+
+def _usable(batch: Any) -> Any:
+    """Copy what was made in inference mode: no gradient could be taken through it."""
+    if not any(tensor.is_inference() for tensor in flat_tensors(batch)):
+        return batch
+    with outside_inference():
+        return map_tensors(batch, torch.clone)
 
 
 def rebatched(batches: Sequence[Any], size: int = _BATCH) -> list[Any]:
@@ -74,31 +121,41 @@ def rebatched(batches: Sequence[Any], size: int = _BATCH) -> list[Any]:
     return [joined(group) if len(group) > 1 else group[0] for group in found]
 
 
-def check_finite(batch: Any, index: int) -> None:
-    """Refuse a batch with NaN or infinity before it reaches the model.
+def check_batch(batch: Any, index: int) -> None:
+    """Refuse a batch without samples or with NaN before it reaches the model.
+
+    Infinity may pass: masks hold it. It is refused where the model cannot cope with it.
 
     Args:
-        batch: as the model takes it.
+        batch: the arguments that the model takes.
         index: its place in the data.
 
     Raises:
-        CalibrationError: naming the batch and the sample.
+        CalibrationError: naming the batch, and the place of the first NaN.
     """
-    for tensor in flat_tensors(batch):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+    tensors = flat_tensors(batch)
+    if any(tensor.dim() for tensor in tensors) and not batch_size(batch):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise CalibrationError(
+            f"batch {index} holds no sample.",
+            where=f"batch {index} of shape {shapes}",
+            fix="leave empty batches out.",
+        )
+    for tensor in tensors:
+        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
             raise CalibrationError(
-                "the input holds NaN or infinity.",
-                where=f"batch {index}, a {tuple(tensor.shape)} tensor, at {where}",
+                "the input holds NaN.",
+                where=f"batch {index}, a {tuple(tensor.shape)} tensor, at "
+                f"{torch.isnan(tensor).nonzero()[0].tolist()}",
                 fix="clean the data.",
             )
 
 
-def _recorded(model: nn.Module, function: Callable[[nn.Module], Any]) -> list[Any]:
-    listener = _Listen()
+def _recorded(model: nn.Module, function: Callable[[nn.Module], Any], samples: int) -> list[Any]:
+    listener = _Listen(samples)
     handle = model.register_forward_pre_hook(listener, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             function(model)
     finally:
         handle.remove()
@@ -106,10 +163,15 @@ def _recorded(model: nn.Module, function: Callable[[nn.Module], Any]) -> list[An
 
 
 class _Listen:
-    """Keep what a model is called with."""
+    """Keep what a model is called with, as far as it is needed: a function may run all data."""
 
-    def __init__(self) -> None:
+    def __init__(self, samples: int) -> None:
+        self.left = samples
         self.calls: list[Call] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls.append(Call(args, kwargs))
+        if self.left > 0:
+            call = Call(args, kwargs)
+            # a loop may fill one buffer again and again
+            self.calls.append(map_tensors(call, lambda tensor: tensor.detach().clone()))
+            self.left -= batch_size(call)

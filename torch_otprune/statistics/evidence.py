@@ -13,7 +13,7 @@ from torch_otprune.statistics.moments import Moments
 from torch_otprune.statistics.patches import full_weight, supported, taps
 from torch_otprune.statistics.sensitivity import Sensitivity
 from torch_otprune.structure.graph import Graph, Group, Member
-from torch_otprune.structure.layers import BatchNorm, Conv, kernel
+from torch_otprune.structure.layers import BatchNorm, Conv, kernel, norm_behind
 
 __all__ = ["Consumer", "Evidence", "gather"]
 
@@ -77,6 +77,7 @@ def gather(
     moments: dict[str, Moments],
     sensitivity: Sensitivity | None,
     feel: bool = True,
+    ties: frozenset[str] = frozenset(),
     seed: int,
 ) -> Evidence:
     """Lay out all that is known about one group.
@@ -88,13 +89,14 @@ def gather(
         moments: observed second moments, by consumer.
         sensitivity: what the output feels; None if it was not measured.
         feel: whether consumers' errors are weighted by it.
+        ties: modules that share tensors, as `layers.shared` lists them.
         seed: the policy's seed.
 
     Returns:
         the evidence.
     """
     felt = sensitivity if feel else None
-    readers = tuple(_consumer(model, graph, m, moments, felt) for m in group.consumers)
+    readers = tuple(_consumer(model, graph, m, moments, felt, ties=ties) for m in group.consumers)
     return Evidence(
         group.name,
         group.units,
@@ -107,7 +109,7 @@ def gather(
 
 
 def _unit_columns(member: Member, taps: int) -> Int[Tensor, "units taps"]:
-    within = member.index[:, :, None] * taps + torch.arange(taps)
+    within = member.index[:, :, None] * taps + torch.arange(taps, device="cpu")
     return within.flatten(1)
 
 
@@ -117,20 +119,19 @@ def _consumer(
     member: Member,
     moments: dict[str, Moments],
     sensitivity: Sensitivity | None,
+    *,
+    ties: frozenset[str],
 ) -> Consumer:
     module = model.get_submodule(member.path)
-    tail = graph.tails.get(member.path)
-    absorbs = getattr(module, "bias", None) is not None or (
-        tail is not None
-        and any(isinstance(model.get_submodule(p), BatchNorm) for p in tail.modules)
-    )
+    bias = getattr(module, "bias", None)
+    absorbs = bias is not None or norm_behind(model, graph, member.path, ties) is not None
     second = None
     if member.path in moments:
         at = _unit_columns(member, taps(module))
         chosen = moments[member.path].second(centred=absorbs).cpu()[at.flatten()][:, at.flatten()]
         second = chosen.view(*at.shape, *at.shape)
     weight = full_weight(module).cpu()[:, _unit_columns(member, kernel(module))]
-    feel = torch.ones(len(weight), dtype=torch.float64)
+    feel = torch.ones(len(weight), dtype=torch.float64, device="cpu")
     if sensitivity is not None and (found := sensitivity.feel(member.path)) is not None:
         feel = found.cpu()
     if not supported(module):
@@ -178,7 +179,7 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
 def _taylor(group: Group, sensitivity: Sensitivity | None) -> Tensor | None:
     if sensitivity is None:
         return None
-    total = torch.zeros(group.units, dtype=torch.float64)
+    total = torch.zeros(group.units, dtype=torch.float64, device="cpu")
     for member in group.consumers:
         if member.path in sensitivity.inputs:
             total += sensitivity.inputs[member.path].cpu()[member.index].sum(1)

@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Moments"]
+__all__ = ["Moments", "add_gram_"]
+
+_NARROW = 512  # columns that one product handles as fast as two halves
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Moments:
         """
         rows = rows.detach().double()
         self.total += rows.sum(0)
-        self.product.addmm_(rows.T, rows)
+        add_gram_(self.product, rows)
         self.count += len(rows)
 
     @property
@@ -78,3 +80,22 @@ class Moments:
             bytes.
         """
         return 8 * columns * (columns + 1)
+
+
+def add_gram_(total: Float[Tensor, "columns columns"], rows: Float[Tensor, "rows columns"]) -> None:
+    """Add the products of all columns with each other, each pair computed once.
+
+    Args:
+        total: what to add to, in place; symmetric.
+        rows: in the type of `total`.
+    """
+    width = rows.shape[1]
+    if width <= _NARROW:
+        total.addmm_(rows.T, rows)
+        return
+    half = width // 2
+    add_gram_(total[:half, :half], rows[:, :half])
+    add_gram_(total[half:, half:], rows[:, half:])
+    mixed = rows[:, :half].T @ rows[:, half:]
+    total[:half, half:] += mixed
+    total[half:, :half] += mixed.T

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.statistics.moments import Moments
-from torch_otprune.statistics.patches import full_weight, supported
+from torch_otprune.statistics.patches import columns, full_weight, supported
 from torch_otprune.statistics.recorder import Recorder
-from torch_otprune.statistics.reduce import all_sum_
+from torch_otprune.statistics.reduce import all_sum_, ranks
 from torch_otprune.statistics.sensitivity import Sensitivity, sense
+from torch_otprune.structure.layers import channels, tensor
 
 __all__ = ["Observation", "conclude"]
 
@@ -62,6 +63,9 @@ def conclude(
 ) -> Observation:
     """Close the books: probe the sensitivity and add everything up over ranks.
 
+    On one rank the moments are the recorder's own, so they go on growing with it: a copy would
+    take twice the memory that was quoted.
+
     Args:
         model: the model.
         recorder: what the hooks gathered; left as it was.
@@ -74,20 +78,36 @@ def conclude(
     Returns:
         the observation, equal on every rank.
     """
-    moments = {
-        path: Moments(m.total.clone(), m.product.clone(), m.count)
-        for path, m in recorder.moments.items()
-    }
-    counts = torch.tensor([samples, *(m.count for m in moments.values())], dtype=torch.float64)
+    moments, total = recorder.moments, samples
+    if ranks() > 1:
+        moments, total = _summed(model, recorder, samples)
+    found = None
+    if feel and total:
+        centres = {path: _centre(model, path, moments) for path in paths}
+        found = sense(model, centres, probes, draws=_DRAWS, seed=seed)
+        if ranks() > 1:
+            _sum_sensitivity_(model, found)
+    return Observation(dict(moments), found, total)
+
+
+def _summed(model: nn.Module, recorder: Recorder, samples: int) -> tuple[dict[str, Moments], int]:
+    """Add up over ranks what every rank has for every path: zeros where a layer did not run."""
+    moments = {path: _copy(model, recorder, path) for path in recorder.paths}
+    counts = torch.tensor(
+        [samples, *(m.count for m in moments.values())], dtype=torch.float64, device="cpu"
+    )
     all_sum_([counts, *(t for m in moments.values() for t in (m.total, m.product))])
     for entry, count in zip(moments.values(), counts[1:].tolist(), strict=True):
         entry.count = int(count)
-    found = None
-    if feel:
-        centres = {path: _centre(model, path, moments) for path in paths}
-        found = sense(model, centres, probes, draws=_DRAWS, seed=seed)
-        _sum_sensitivity(found)
-    return Observation(moments, found, int(counts[0]))
+    return {path: m for path, m in moments.items() if m.count}, int(counts[0])
+
+
+def _copy(model: nn.Module, recorder: Recorder, path: str) -> Moments:
+    if path in recorder.moments:
+        own = recorder.moments[path]
+        return Moments(own.total.clone(), own.product.clone(), own.count)
+    module = model.get_submodule(path)
+    return Moments.empty(columns(module), tensor(module, "weight").device)
 
 
 def _centre(model: nn.Module, path: str, moments: Mapping[str, Moments]) -> Tensor | None:
@@ -100,7 +120,17 @@ def _centre(model: nn.Module, path: str, moments: Mapping[str, Moments]) -> Tens
     return mean if bias is None else mean + bias.detach().double()
 
 
-def _sum_sensitivity(found: Sensitivity) -> None:
-    power = torch.stack([found.power, found.power.new_tensor(found.samples)])
-    all_sum_([power, *found.sums()])
+def _sum_sensitivity_(model: nn.Module, found: Sensitivity) -> None:
+    ran = [float(path in found.felt) for path in found.paths]
+    power = found.power.new_tensor([float(found.power), found.samples, *ran])
+    for path in found.paths:
+        module = model.get_submodule(path)
+        device = tensor(module, "weight").device
+        for table, side in found.tables():
+            zeros = torch.zeros(channels(module, side) or 0, dtype=torch.float64, device=device)
+            table.setdefault(path, zeros)
+    all_sum_([power, *(table[path] for path in found.paths for table, _ in found.tables())])
     found.power, found.samples = power[0], int(power[1])
+    for path, times in zip(found.paths, power[2:].tolist(), strict=True):
+        for table, _ in found.tables() if not times else ():
+            del table[path]

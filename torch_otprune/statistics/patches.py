@@ -76,9 +76,11 @@ def pick(total: int, wanted: int, path: str, seed: int) -> Tensor:
         sorted int64 indices.
     """
     if wanted >= total:
-        return torch.arange(total)
-    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(path.encode()))
-    return torch.randperm(total, generator=generator)[:wanted].sort().values
+        return torch.arange(total, device="cpu")
+    # whatever the user's default device is, a generator draws the same on the CPU alone
+    generator = torch.Generator("cpu").manual_seed(seed ^ zlib.crc32(path.encode()))
+    drawn = torch.randperm(total, generator=generator, device="cpu")
+    return drawn[:wanted].sort().values
 
 
 def rows(module: nn.Module, x: Tensor, at: Tensor) -> Float[Tensor, "rows columns"]:

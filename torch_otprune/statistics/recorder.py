@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from math import ceil
 from typing import Any
 
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.errors import CalibrationError
+from torch_otprune.statistics.blame import finite
 from torch_otprune.statistics.moments import Moments
 from torch_otprune.statistics.patches import columns, pick, positions, rows
+from torch_otprune.structure.forward import first_tensor
 from torch_otprune.structure.graph import Graph
 
-__all__ = ["Recorder", "consumers", "quote"]
+__all__ = ["Recorder", "check_memory", "consumers", "quote"]
+
+_log = logging.getLogger(__name__)
 
 _FLOOR = 8  # positions per sample at least: fewer would see one corner of the image
 
@@ -48,6 +53,35 @@ def quote(model: nn.Module, paths: Iterable[str]) -> int:
     return sum(Moments.bytes(columns(m)) for m in modules)
 
 
+def check_memory(model: nn.Module, paths: Sequence[str], limit: float) -> None:
+    """Refuse statistics that would not fit.
+
+    Args:
+        model: the model.
+        paths: the layers to observe.
+        limit: how much they may take, in GiB.
+
+    Raises:
+        CalibrationError: naming the widest layers.
+    """
+    size = quote(model, paths)
+    _log.info("statistics will take %s", _binary(size))
+    if size <= limit * 2**30:
+        return
+    widest = sorted(paths, key=lambda path: -quote(model, [path]))[:3]
+    sizes = [f"'{path}' {_binary(quote(model, [path]))}" for path in widest]
+    raise CalibrationError(
+        f"the statistics would take {_binary(size)}.",
+        where=f"Calibration.memory = {limit:g}; {', '.join(sizes)}",
+        fix="raise Calibration.memory, or ignore the layers that feed the widest ones.",
+    )
+
+
+def _binary(size: int) -> str:
+    """Write bytes in the unit that fits."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
 class Recorder:
     """Second moments of every consumer's input.
 
@@ -57,6 +91,7 @@ class Recorder:
         samples: calibration samples expected; more are welcome, rows are thinned for this many.
         rows_per_column: rows wanted for each column of a layer's design matrix.
         seed: chooses the positions.
+        explain: asked for the error to raise where an input is not finite, given its name.
     """
 
     def __init__(
@@ -67,14 +102,31 @@ class Recorder:
         samples: int,
         rows_per_column: int,
         seed: int,
+        explain: Callable[[str], CalibrationError] | None = None,
     ) -> None:
+        self.paths, self.explain = tuple(paths), explain
         self.samples, self.rows_per_column, self.seed = samples, rows_per_column, seed
         self.active = True
+        self.window: tuple[int, int] | None = None
         self.moments: dict[str, Moments] = {}
         self.at: dict[tuple[str, int], Tensor] = {}
         self.handles = [
-            model.get_submodule(path).register_forward_pre_hook(_See(self, path)) for path in paths
+            model.get_submodule(path).register_forward_pre_hook(_See(self, path), with_kwargs=True)
+            for path in self.paths
         ]
+
+    def look(self, size: int, samples: int) -> None:
+        """Say how much of the next batch counts: a plan must not depend on how data is split.
+
+        Where a layer's input folds several rows per sample into its first axis, they are taken
+        to lie sample by sample; where its first axis is none of the batch's, all of it counts.
+
+        Args:
+            size: samples in the batch.
+            samples: how many of them to observe, from the first.
+        """
+        self.active = samples > 0
+        self.window = (size, samples) if samples < size else None
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -97,18 +149,29 @@ class Recorder:
         """
         if not self.active:
             return
-        # half precision would overflow in the sum of finite numbers
-        if not bool(torch.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)))):
-            raise CalibrationError(
-                f"the input of '{path}' holds NaN or infinity.",
-                where=f"first seen at '{path}', a {tuple(x.shape)} tensor",
-                fix="clean the batch, or the layer before that produced it.",
-            )
+        x = self._part(x)
+        if not finite(x):
+            raise self._explained(path, x)
         if path not in self.moments:
             self.moments[path] = Moments.empty(columns(module), x.device)
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
         self.moments[path].update(rows(module, x, self._positions(path, module, x)))
+
+    def _part(self, x: Tensor) -> Tensor:
+        if self.window is None or not x.dim() or len(x) % self.window[0]:
+            return x
+        size, samples = self.window
+        return x[: len(x) // size * samples]
+
+    def _explained(self, path: str, x: Tensor) -> CalibrationError:
+        if self.explain is not None:
+            return self.explain(f"the input of '{path}'")
+        return CalibrationError(
+            f"the input of '{path}' holds NaN or infinity.",
+            where=f"first seen at '{path}', a {tuple(x.shape)} tensor",
+            fix="clean the batch, or the layer before that produced it.",
+        )
 
     def _positions(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
         key = path, positions(module, x)  # batches may differ in size
@@ -124,9 +187,10 @@ class _See:
     def __init__(self, recorder: Recorder | None, path: str) -> None:
         self.recorder, self.path = recorder, path
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self.recorder is not None:
-            self.recorder.see(self.path, module, inputs[0])
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first_tensor(args, kwargs)
+        if self.recorder is not None and x is not None:
+            self.recorder.see(self.path, module, x)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle without the statistics: a copy of the model is not observed."""

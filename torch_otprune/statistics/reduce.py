@@ -1,4 +1,7 @@
-"""Sums over all ranks, in float64; the identity where nothing is distributed."""
+"""Sums over all ranks, in float64; the identity where nothing is distributed.
+
+The only door to `torch.distributed`. Every function here is called by all ranks or by none.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_sum_", "first_rank_", "ranks", "share"]
+__all__ = ["all_sum_", "first_rank_", "rank", "ranks", "ranks_where", "share"]
 
 
 def ranks() -> int:
@@ -16,29 +19,66 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number this process among them, from 0."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
 def share(samples: int) -> int:
     """Divide a number of samples among the ranks, rounding up."""
     return -(-samples // ranks())
+
+
+def ranks_where(fact: bool) -> tuple[int, ...]:
+    """Ask all ranks, so that they can fail together instead of waiting for the one that did.
+
+    Args:
+        fact: whether it holds here.
+
+    Returns:
+        the ranks on which it holds, the same on all of them.
+    """
+    facts = torch.zeros(ranks(), dtype=torch.float64, device="cpu")
+    facts[rank()] = float(fact)
+    all_sum_([facts])
+    return tuple(facts.nonzero().flatten().tolist())
 
 
 def all_sum_(tensors: Iterable[Tensor]) -> None:
     """Add every tensor up over all ranks, in place.
 
     Args:
-        tensors: the same shapes in the same order on every rank.
+        tensors: the same shapes in the same order on every rank, on any device.
     """
     if ranks() > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            there = _carried(tensor)
+            dist.all_reduce(there)
+            _write_(tensor, there)
 
 
 def first_rank_(tensors: Iterable[Tensor]) -> None:
     """Overwrite every tensor with the first rank's.
 
     Args:
-        tensors: the same shapes in the same order on every rank.
+        tensors: the same shapes in the same order on every rank, on any device.
     """
     if ranks() > 1:
         for tensor in tensors:
-            with torch.no_grad():
-                dist.broadcast(tensor, src=0)
+            there = _carried(tensor.detach())
+            dist.broadcast(there, src=0)
+            _write_(tensor, there)
+
+
+def _carried(tensor: Tensor) -> Tensor:
+    """Bring a tensor to a device that the backend serves: NCCL knows no CPU."""
+    served = [entry.partition(":")[0] for entry in dist.get_backend_config().split(",")]
+    if tensor.device.type in served or not set(served) & {"cuda", "cpu"}:
+        return tensor
+    return tensor.to("cuda" if "cuda" in served else "cpu")  # the rank's current device
+
+
+@torch.no_grad()
+def _write_(tensor: Tensor, there: Tensor) -> None:
+    if there.data_ptr() != tensor.data_ptr():
+        tensor.copy_(there)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torch_otprune.statistics.reduce import all_sum_, ranks
+from torch_otprune.statistics.reduce import all_sum_, rank, ranks
 from torch_otprune.structure.forward import batch_size, joined, make, map_tensors
 
 __all__ = ["Reservoir"]
@@ -36,10 +36,10 @@ class Reservoir:
             batch: as the model takes it; what is kept is copied.
         """
         size = batch_size(batch)
-        first, world, rank = self.seen, ranks(), _rank()
+        first, world, mine = self.seen, ranks(), rank()
         self.seen += size
         for row in range(size):
-            number = (first + row) * world + rank
+            number = (first + row) * world + mine
             mark = self._mark(number)
             if len(self.kept) < self.size or mark < self.kept[-1][0]:
                 self.kept.append((mark, number, _row(batch, row, size)))
@@ -64,16 +64,12 @@ class Reservoir:
 
     def _limit(self) -> float:
         """Find the highest mark that all ranks together still keep."""
-        marks = torch.zeros(ranks(), self.size, dtype=torch.float64)
-        mine = torch.tensor([float(mark) + 1 for mark, _, _ in self.kept], dtype=torch.float64)
-        marks[_rank(), : len(mine)] = mine
+        marks = torch.zeros(ranks(), self.size, dtype=torch.float64, device="cpu")
+        mine = [float(mark) + 1 for mark, _, _ in self.kept]
+        marks[rank(), : len(mine)] = marks.new_tensor(mine)
         all_sum_([marks])
         every = marks[marks > 0].sort().values[: self.size]
         return float(every[-1]) - 1 if len(every) else 0.0
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if ranks() > 1 else 0
 
 
 def _row(batch: Any, row: int, size: int) -> Any:

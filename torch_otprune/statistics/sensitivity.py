@@ -9,8 +9,18 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from torch_otprune.structure.forward import batch_size, evaluating, flat_tensors, map_tensors, run
+from torch_otprune.structure.forward import (
+    batch_size,
+    evaluating,
+    first_tensor,
+    flat_tensors,
+    map_tensors,
+    outside_inference,
+    run,
+)
+from torch_otprune.structure.graph import Side
 
 __all__ = ["Sensitivity", "sense"]
 
@@ -30,7 +40,7 @@ class Sensitivity:
         self.felt: dict[str, Tensor] = {}
         self.spread: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
-        self.power = torch.zeros((), dtype=torch.float64)
+        self.power = torch.zeros((), dtype=torch.float64, device="cpu")
         self.samples = 0
         self.draws = draws
 
@@ -53,9 +63,9 @@ class Sensitivity:
             return None
         return self.felt[path] / self.spread[path].clamp_min(1e-30)
 
-    def sums(self) -> list[Tensor]:
-        """List everything that adds up over ranks."""
-        return [*self.felt.values(), *self.spread.values(), *self.inputs.values()]
+    def tables(self) -> tuple[tuple[dict[str, Tensor], Side], ...]:
+        """List all that adds up over ranks, by consumer, with the side its channels are on."""
+        return (self.felt, "out"), (self.spread, "out"), (self.inputs, "in")
 
 
 def sense(
@@ -87,7 +97,7 @@ def sense(
     Source: Hutchinson 1990 for the estimator; ours for its use as a layer weight.
     """
     found = Sensitivity(centres, draws)
-    with evaluating(model), _gradients(model):
+    with outside_inference(), evaluating(model), _gradients(model):
         for batch in batches:
             for piece in _chunks(batch):
                 _probe(model, found, piece, centres, draws=draws, seed=seed)
@@ -127,7 +137,7 @@ def _probe(
     seed: int,
 ) -> None:
     taps = {path: _Tap() for path in found.paths}
-    handles = [model.get_submodule(p).register_forward_hook(tap) for p, tap in taps.items()]
+    handles = [handle for p, tap in taps.items() for handle in tap.hooks(model.get_submodule(p))]
     try:
         outputs = [t for t in flat_tensors(run(model, piece)) if t.requires_grad]
     finally:
@@ -139,7 +149,7 @@ def _probe(
     points = [point for _, _, x, z in calls for point in (x, z)]
     if not points or not outputs:  # nothing to cut, or nothing differentiable comes out
         return
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for draw in range(draws):
         signs = [_signs(t, generator) for t in outputs]
         gradients = torch.autograd.grad(
@@ -154,7 +164,7 @@ def _probe(
 def _signs(output: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one sign per output element, the same for every sample: batches must not matter."""
     shape = output.shape[1:] if output.dim() else output.shape
-    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    signs = torch.randint(0, 2, shape, generator=generator, device="cpu") * 2 - 1
     return signs.to(output).expand_as(output)
 
 
@@ -177,13 +187,38 @@ def _add(table: dict[str, Tensor], path: str, value: Tensor) -> None:
 
 
 class _Tap:
-    """Keep a layer's input and output of one forward pass, as points to differentiate at."""
+    """Keep a layer's input and output of one forward pass, as points to differentiate at.
+
+    Each layer gets a point of its own: where several read one tensor, the gradient at the tensor
+    itself would be that of all of them together.
+    """
 
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor]] = []
         self.axis = 1
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
+    def hooks(self, module: nn.Module) -> list[RemovableHandle]:
+        """Watch one layer."""
+        return [
+            module.register_forward_pre_hook(_enter, with_kwargs=True),
+            module.register_forward_hook(self, with_kwargs=True),
+        ]
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+    ) -> Tensor:
         self.axis = -1 if isinstance(module, nn.Linear) else 1
-        self.calls.append((inputs[0], out))
-        return out.view_as(out)  # an in-place op downstream must not rewrite the point
+        x = first_tensor(args, kwargs)
+        if x is None or not (x.requires_grad and out.requires_grad):  # under the user's no_grad
+            return out
+        self.calls.append((x, out))
+        return out.clone()  # an in-place op downstream must not rewrite the point, nor its value
+
+
+def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    shared = first_tensor(args, kwargs)
+
+    def own(t: Tensor) -> Tensor:
+        return t.view_as(t) if t is shared else t
+
+    return map_tensors(args, own), map_tensors(kwargs, own)

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.errors import StructureError
-from torch_otprune.structure.forward import evaluating, flat_tensors, map_tensors, run
+from torch_otprune.structure.forward import (
+    evaluating,
+    first_tensor,
+    flat_tensors,
+    map_tensors,
+    run,
+)
 from torch_otprune.structure.graph import Side
 from torch_otprune.structure.layers import Conv, channels, is_depthwise
 
@@ -99,23 +105,39 @@ class _Inner:
     def __init__(self) -> None:
         self.nodes: set[Any] = set()
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
-        if isinstance(inputs[0], Tensor) and inputs[0].grad_fn is not None:
-            self._between(out.grad_fn, inputs[0].grad_fn)
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        x = first_tensor(args, kwargs)
+        if x is not None and x.grad_fn is not None and out.grad_fn is not None:
+            self.nodes |= _between(out.grad_fn, x.grad_fn)
 
-    def _between(self, node: Any, goal: Any) -> bool:
-        if node is goal:
-            return True
-        ways = [self._between(f, goal) for f, _ in node.next_functions if f is not None]
-        if any(ways):
-            self.nodes.add(node)
-        return any(ways)
+
+def _between(end: Any, start: Any) -> set[Any]:
+    """Find the ops on the ways from one to another, each visited once."""
+    users: dict[Any, list[Any]] = {}
+    seen, open_nodes = {start}, [end]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for before in (f for f, _ in node.next_functions if f is not None):
+            users.setdefault(before, []).append(node)
+            open_nodes.append(before)
+    found: set[Any] = set()
+    open_nodes = [start]
+    while open_nodes:
+        fresh = [user for user in users.get(open_nodes.pop(), ()) if user not in found]
+        found.update(fresh)
+        open_nodes += fresh
+    return found
 
 
 @contextmanager
 def _watched(model: nn.Module, hook: _Inner) -> Iterator[None]:
     dense = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_hook(hook) for module in dense]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in dense]
     try:
         yield
     finally:

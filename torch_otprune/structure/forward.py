@@ -11,18 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_otprune.errors import CalibrationError
+from torch_otprune.errors import CalibrationError, OTPruneError
 
 __all__ = [
     "Call",
     "batch_size",
+    "called",
     "evaluating",
     "first_line",
+    "first_tensor",
     "flat_tensors",
     "head",
     "joined",
     "make",
     "map_tensors",
+    "outside_inference",
     "run",
     "run_checked",
 ]
@@ -47,8 +50,9 @@ def run(model: nn.Module, batch: Any) -> Any:
     """Call the model on one batch.
 
     A mapping is passed as keywords, as far as `forward` names them; of a tuple or list, as
-    many leading elements as `forward` has positional parameters, so that `(images, labels)`
-    feeds the images; anything else is the only argument.
+    many leading elements as `forward` has positional parameters without a default (one at
+    least), so that `(images, labels)` feeds the images; anything else is the only argument.
+    To feed an optional argument, pass a mapping.
 
     Args:
         model: any module.
@@ -57,13 +61,27 @@ def run(model: nn.Module, batch: Any) -> Any:
     Returns:
         what the model returns.
     """
+    call = called(model, batch)
+    return model(*call.args, **call.kwargs)
+
+
+def called(model: nn.Module, batch: Any) -> Call:
+    """Write a batch as the arguments that the model will be called with.
+
+    Args:
+        model: any module.
+        batch: as for `run`.
+
+    Returns:
+        the arguments that `forward` takes, without labels and the like.
+    """
     if isinstance(batch, Call):
-        return model(*batch.args, **batch.kwargs)
+        return batch
     if isinstance(batch, Mapping):
-        return model(**_named(model, batch))
+        return Call((), _named(model, batch))
     if isinstance(batch, (tuple, list)):
-        return model(*batch[: _positional(model, len(batch))])
-    return model(batch)
+        return Call(tuple(batch[: _positional(model, len(batch))]), {})
+    return Call((batch,), {})
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:
@@ -74,7 +92,8 @@ def _positional(model: nn.Module, given: int) -> int:
     parameters = _parameters(model)
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
         return given
-    return sum(p.kind in _POSITIONAL for p in parameters)
+    wanted = [p for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
+    return max(len(wanted), 1)
 
 
 def _named(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,10 +130,13 @@ def run_checked(model: nn.Module, batch: Any, index: int) -> Any:
 
     Raises:
         CalibrationError: if the model does not run on the batch.
+        OTPruneError: as a hook of ours raised it.
     """
     try:
         return run(model, batch)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except OTPruneError:  # a hook has said it better
+        raise
+    except Exception as error:  # forward is the user's: it may raise anything
         shapes = ", ".join(str(tuple(t.shape)) for t in flat_tensors(batch))
         raise CalibrationError(
             f"the model does not run on batch {index}: {first_line(error)}.",
@@ -150,6 +172,19 @@ def flat_tensors(tree: Any) -> list[Tensor]:
     return found
 
 
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Find what a layer is given, whether by position or by keyword.
+
+    Args:
+        args: the call's positional arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        the first tensor; None where there is none.
+    """
+    return next(iter(flat_tensors((args, dict(kwargs)))), None)
+
+
 def _is_record(tree: Any) -> bool:
     return hasattr(tree, "__dataclass_fields__") and not isinstance(tree, (Mapping, Call))
 
@@ -161,7 +196,7 @@ def batch_size(batch: Any) -> int:
         batch: as for `run`.
 
     Returns:
-        at least 1.
+        1 where no tensor has an axis.
     """
     for tensor in flat_tensors(batch):
         if tensor.dim():
@@ -218,6 +253,18 @@ def make(batch: Any) -> Any:
         for t in flat_tensors(batch)
     ]
     return type(batch), tuple(cut)
+
+
+@contextmanager
+def outside_inference() -> Iterator[None]:
+    """Leave inference mode for a while, and grant no gradients that were not there.
+
+    Yields:
+        nothing.
+    """
+    gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        yield
 
 
 @contextmanager

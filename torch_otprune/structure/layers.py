@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from math import prod
 
 from torch import Tensor, nn
 
-from torch_otprune.structure.graph import Side
+from torch_otprune.structure.graph import Graph, Side
 
 __all__ = [
     "NORMS",
@@ -17,6 +18,9 @@ __all__ = [
     "is_depthwise",
     "is_linear",
     "kernel",
+    "norm_behind",
+    "norms_behind",
+    "shared",
     "tensor",
     "widths_of",
 ]
@@ -113,3 +117,53 @@ def tensor(module: nn.Module, name: str) -> Tensor:
 def kernel(module: nn.Module) -> int:
     """Count the taps of one input channel: the kernel's size, 1 for a dense layer."""
     return prod(module.kernel_size) if isinstance(module, Conv) else 1
+
+
+def shared(model: nn.Module) -> frozenset[str]:
+    """List the modules that hold a tensor of another one: whoever writes it unties them.
+
+    Args:
+        model: any module.
+
+    Returns:
+        their paths.
+    """
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name.rpartition(".")[0])
+    return frozenset(name for names in owners.values() if len(names) > 1 for name in names)
+
+
+def norms_behind(model: nn.Module, graph: Graph, path: str) -> tuple[str, ...]:
+    """List the batch-norms that a linear layer's output passes before anything else uses it.
+
+    Args:
+        model: the dense model or the cut one.
+        graph: the dense model's analysis.
+        path: the layer.
+
+    Returns:
+        their paths, in order.
+    """
+    tail = graph.tails.get(path)
+    names = tail.modules if tail is not None else ()
+    return tuple(n for n in names if isinstance(model.get_submodule(n), BatchNorm))
+
+
+def norm_behind(model: nn.Module, graph: Graph, path: str, ties: frozenset[str]) -> str | None:
+    """Find the batch-norm whose running mean can take up a shift of a layer's output.
+
+    Args:
+        model: the dense model or the cut one.
+        graph: the dense model's analysis.
+        path: the layer.
+        ties: what `shared` says of the model.
+
+    Returns:
+        the first one behind the layer; None where there is none, or it has no running mean or
+        serves other layers as well.
+    """
+    first = next(iter(norms_behind(model, graph, path)), None)
+    if first is None or first in graph.repeated or first in ties:
+        return None
+    return first if getattr(model.get_submodule(first), "running_mean", None) is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_otprune.errors import StructureError
+from torch_otprune.errors import OTPruneError, StructureError
 from torch_otprune.structure.costs import cost_models
 from torch_otprune.structure.depgraph import Component, components
-from torch_otprune.structure.forward import first_line, flat_tensors
+from torch_otprune.structure.forward import first_line, flat_tensors, map_tensors, outside_inference
 from torch_otprune.structure.graph import Blocked, Graph, Group, Member, Side
 from torch_otprune.structure.layers import bare_axis, channels
 from torch_otprune.structure.probe import Probe, probe
 
-__all__ = ["trace"]
+__all__ = ["check", "trace"]
 
 Signature = tuple[tuple[str, Side, int], ...]
 
@@ -37,15 +38,12 @@ def trace(model: nn.Module, example: Any) -> Graph:
             scripted or compiled, or does not run on the example.
     """
     check(model)
-    shapes = tuple(name for name, _ in model.named_modules())
-    notes = _probe(model, example)
-    if shapes != tuple(name for name, _ in model.named_modules()):
-        raise StructureError(
-            "forward adds or removes modules.",
-            where=type(model).__name__,
-            fix="build every module in __init__.",
-        )
-    found = components(model, example)
+    with outside_inference():
+        example = map_tensors(example, lambda t: t.clone() if t.is_inference() else t)
+        before = _objects(model)
+        notes = _probe(model, example)
+        _check_unchanged(model, before)
+        found = components(model, example)
     groups, blocked = _assemble(model, found, notes)
     costs = cost_models(model, groups, notes)
     linear = tuple(n for n in notes.order if n in notes.positions)
@@ -63,21 +61,12 @@ def check(model: nn.Module) -> None:
         StructureError: with the reason.
     """
     where = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
+    if not isinstance(model, nn.Module):
         raise StructureError(
-            "the model is scripted.", where=where, fix="prune the eager model, then script it."
-        )
-    if hasattr(model, "_orig_mod"):
-        raise StructureError(
-            "the model is compiled.", where=where, fix="prune the eager model, then compile it."
+            f"the model is of type {where}.", where="model", fix="pass a torch.nn.Module."
         )
     for name, module in model.named_modules():
-        if "quantized" in type(module).__module__:
-            raise StructureError(
-                f"'{name}' is a quantised {type(module).__name__}.",
-                where=where,
-                fix="prune the float model, then quantise it.",
-            )
+        _check_eager(f"'{name}'" if name else "the model", module, where)
     parameters = list(model.parameters())
     if not parameters:
         raise StructureError(
@@ -91,10 +80,50 @@ def check(model: nn.Module) -> None:
         )
 
 
+def _check_eager(name: str, module: nn.Module, where: str) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise StructureError(
+            f"{name} is scripted.", where=where, fix="prune the eager model, then script it."
+        )
+    if module._compiled_call_impl is not None or _is_optimised(module):
+        raise StructureError(
+            f"{name} is compiled.", where=where, fix="prune the eager model, then compile it."
+        )
+    if "quantized" in type(module).__module__:
+        raise StructureError(
+            f"{name} is a quantised {type(module).__name__}.",
+            where=where,
+            fix="prune the float model, then quantise it.",
+        )
+
+
+def _is_optimised(module: nn.Module) -> bool:
+    """Tell what `torch.compile` returns; it cannot exist before its package was imported."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return compiler is not None and isinstance(module, compiler.OptimizedModule)
+
+
+def _objects(model: nn.Module) -> dict[str, Any]:
+    return dict(model.named_modules()) | dict(model.named_parameters())
+
+
+def _check_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    after = _objects(model)
+    if changed := sorted(n for n in before | after if before.get(n) is not after.get(n)):
+        names = ", ".join(changed[:3])
+        raise StructureError(
+            f"forward adds or removes modules or parameters, or replaces them: {names}.",
+            where=type(model).__name__,
+            fix="build every module and parameter in __init__.",
+        )
+
+
 def _probe(model: nn.Module, example: Any) -> Probe:
     try:
         return probe(model, example)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except OTPruneError:  # it has said it better
+        raise
+    except Exception as error:  # forward is the user's: it may raise anything
         shapes = ", ".join(str(tuple(t.shape)) for t in flat_tensors(example))
         raise StructureError(
             f"the model does not run on the example: {first_line(error)}",
@@ -186,7 +215,7 @@ def _members(
     )
     members = []
     for path, side, _ in key:
-        index = torch.tensor([sides[path, side] for sides in units])
+        index = torch.tensor([sides[path, side] for sides in units], device="cpu")
         module = modules[path]
         bare = isinstance(module, nn.Parameter)
         size = module.shape[bare_axis(module.shape)] if bare else channels(module, side)

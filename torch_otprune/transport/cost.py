@@ -86,6 +86,8 @@ def _symmetric(x: Tensor) -> Tensor:
     for i, rows in enumerate(parts):
         for columns in parts[i:]:
             norms = squares[rows, None] + squares[columns]
+            if rows == columns:  # a point and itself are near, and known to be at 0
+                norms.fill_diagonal_(-1)
             block = _block(x[rows], x[columns], norms)
             out[rows, columns] = block
             out[columns, rows] = block.T
@@ -103,7 +105,8 @@ def _rectangular(x: Tensor, y: Tensor) -> Tensor:
 
 def _squares(x: Tensor) -> Tensor:
     """Square the length of every row in one pass that stores nothing else."""
-    return torch.linalg.vector_norm(x, dim=1).square_()
+    length: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return length.square_()
 
 
 def _block(x: Tensor, y: Tensor, norms: Tensor) -> Tensor:

@@ -64,11 +64,13 @@ def wasserstein(
 
 
 def _matched(x: Tensor, y: Tensor, p: float) -> Tensor:
-    """Pair equally many points of equal mass; norms have the one subgradient that leaves 0 alone."""
+    """Pair equally many points of equal mass."""
     columns = match(ground_cost(x.detach(), y.detach(), p=p))
     gap = x - y.index_select(0, columns)
     if p == 2:
-        return torch.linalg.vector_norm(gap) / len(x) ** 0.5
+        # Like `root`, a norm has derivative 0 at 0.
+        total: Tensor = torch.linalg.vector_norm(gap) / len(x) ** 0.5
+        return total
     length = torch.linalg.vector_norm(gap, dim=1)
     return root(length.pow(p).mean(), p)
 

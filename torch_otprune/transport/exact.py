@@ -40,10 +40,11 @@ class Links:
     g: Float[Tensor, " m"] | None = None
     single: bool = False
 
-    def parts(self) -> tuple[Tensor, ...]:
-        """List the tensors, without potentials that are not known."""
-        every = (self.rows, self.columns, self.mass, self.f, self.g)
-        return tuple(part for part in every if part is not None)
+    def to(self, device: torch.device) -> Links:
+        """Move everything to a device."""
+        f, g = (None if part is None else part.to(device) for part in (self.f, self.g))
+        rows, columns, mass = (part.to(device) for part in (self.rows, self.columns, self.mass))
+        return Links(rows, columns, mass, f, g, self.single)
 
 
 def assignment(cost: Float[Tensor, "n m"]) -> Int[Tensor, " n"]:
@@ -112,8 +113,7 @@ def solve_exact(
     if uniform and copies <= max(REPEAT, n, m):
         return _by_assignment(cost, a, copies)
     x, y = a.double().cpu(), b.double().cpu()
-    links = _by_program(cost.double().cpu(), x, y * (x.sum() / y.sum()))
-    return Links(*(part.to(cost.device) for part in links.parts()))
+    return _by_program(cost.double().cpu(), x, y * (x.sum() / y.sum())).to(cost.device)
 
 
 def solve_line(

@@ -19,7 +19,7 @@ def sort_rows(x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
         return x.sort(dim=-1, stable=True).values
     if torch.is_grad_enabled() and x.requires_grad:
         return x.gather(-1, torch.from_numpy(np.argsort(x.detach().contiguous().numpy(), axis=-1)))
-    rows = x.detach().contiguous().numpy().copy()
+    rows = x.detach().clone(memory_format=torch.contiguous_format).numpy()
     rows.sort(axis=-1)
     return torch.from_numpy(rows)
 
@@ -44,7 +44,7 @@ def pairwise_1d(
     x, p = cloud(x, "x"), order_of(p)
     rows = sort_rows(x.T)
     if p == 2:
-        return root(sqdist(rows) / len(x))
+        return root(sqdist(rows).div_(len(x)))
     total = torch.cdist(rows, rows, p=p, compute_mode="donot_use_mm_for_euclid_dist")
     distance: Tensor = total / len(x) ** (1 / p)  # a mean over samples, not a sum
     return distance
@@ -78,7 +78,8 @@ def wasserstein_1d(
     if a is None and b is None and len(x) == len(y):
         gap = sort_rows(x.T) - sort_rows(y.T)
         if p <= 2:
-            return torch.linalg.vector_norm(gap, p, dim=1) / len(x) ** (1 / p)
+            total: Tensor = torch.linalg.vector_norm(gap, p, dim=1) / len(x) ** (1 / p)
+            return total
         return _power_mean(gap.abs(), None, p)
     return _merged(x, y, masses(a, x, len(x), "a"), masses(b, y, len(y), "b"), p)
 

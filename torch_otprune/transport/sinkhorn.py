@@ -86,8 +86,8 @@ class _Kernel:
         self.cost, self.a, self.b, self.eps, self.damp = cost, a, b, eps, damp
         self.f, self.g = torch.zeros_like(a), torch.zeros_like(b)
         self.room = math.log(torch.finfo(cost.dtype).max) / 4
-        # Subnormal numbers are slow: the kernel stops just above them, far below what can matter.
-        self.least = 0.9 * math.log(torch.finfo(cost.dtype).tiny)
+        # Subnormal numbers are slow: the kernel stops above them, far below what can matter.
+        self.least = 0.7 * math.log(torch.finfo(cost.dtype).tiny)
         self.mass = a.sum(-1)
         self.kernel = torch.empty_like(cost)
         self.error = torch.full_like(self.mass, torch.inf)
