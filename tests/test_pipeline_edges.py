@@ -139,3 +139,22 @@ def test_a_group_that_multiple_of_leaves_whole_is_named() -> None:
 
 def test_latency_is_left_out_where_no_time_is_given_for_it() -> None:
     assert otp.prune_(net(), HALF, images(), timing=0).latency is None
+
+
+class ByKeyword(nn.Module):
+    """Call every layer by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run both layers."""
+        return self.second(input=self.first(input=x).relu())
+
+
+def test_layers_that_are_called_by_keyword_are_pruned_like_others() -> None:
+    model = ByKeyword().eval()
+    report = otp.prune_(model, HALF, [torch.randn(32, 6)], timing=0)
+    assert model.second.in_features < 8
+    assert report.macs.ratio <= 0.5

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.report.model import Interval, Latency
-from torch_otprune.structure.forward import batch_size, evaluating, flat_tensors, run
+from torch_otprune.structure.forward import (
+    batch_size,
+    evaluating,
+    first_tensor,
+    flat_tensors,
+    run,
+)
 from torch_otprune.structure.layers import is_depthwise, is_linear
 
 __all__ = ["count_macs", "count_params", "latency"]
@@ -46,7 +52,8 @@ def count_macs(model: nn.Module, batch: Any) -> int:
     """
     counter = _Macs(batch_size(batch))
     layers = [m for m in model.modules() if is_linear(m) or is_depthwise(m)]
-    handles = [m.register_forward_hook(counter) for m in layers if not list(m.children())]
+    leaves = [m for m in layers if not list(m.children())]
+    handles = [m.register_forward_hook(counter, with_kwargs=True) for m in leaves]
     try:
         with evaluating(model), torch.no_grad():
             run(model, batch)
@@ -62,11 +69,14 @@ class _Macs:
     def __init__(self, samples: int) -> None:
         self.samples, self.total = samples, 0
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
-        if not isinstance(out, Tensor):
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        read = first_tensor(args, kwargs)
+        if read is None or not isinstance(out, Tensor):
             return
         # A weight holds out x in/groups x taps, and each position uses every element once.
-        grid = inputs[0] if getattr(module, "transposed", False) else out
+        grid = read if getattr(module, "transposed", False) else out
         positions = grid.numel() // grid.shape[-1 if isinstance(module, nn.Linear) else 1]
         weight: Tensor = module.weight  # type: ignore[assignment]
         self.total += positions // self.samples * weight.numel()

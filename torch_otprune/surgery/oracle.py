@@ -21,15 +21,21 @@ class _Mask:
     """A hook that zeroes the input channels that a slice drops."""
 
     def __init__(self, keep: Sequence[int], size: int, axis: int) -> None:
-        self.mask = torch.zeros(size)
+        self.mask = torch.zeros(size, device="cpu")
         self.mask[list(keep)] = 1
         self.axis = axis
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = inputs[0]
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self._masked(args[0]), *args[1:]), kwargs
+        return args, {name: self._masked(x) for name, x in kwargs.items()}
+
+    def _masked(self, x: Tensor) -> Tensor:
         shape = [1] * x.dim()
         shape[self.axis if self.axis >= 0 else x.dim() + self.axis] = -1
-        return (x * self.mask.to(x).view(shape), *inputs[1:])
+        return x * self.mask.to(x).view(shape)
 
 
 @contextmanager
@@ -48,7 +54,8 @@ def masked(model: nn.Module, cuts: Sequence[Cut]) -> Iterator[None]:
         for piece in (p for p in merged(cuts) if p.side == "in"):
             module = model.get_submodule(piece.path)
             axis = -1 if isinstance(module, nn.Linear) else 1
-            handles.append(module.register_forward_pre_hook(_Mask(piece.keep, piece.size, axis)))
+            mask = _Mask(piece.keep, piece.size, axis)
+            handles.append(module.register_forward_pre_hook(mask, with_kwargs=True))
         yield
     finally:
         for handle in handles:
