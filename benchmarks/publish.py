@@ -75,7 +75,9 @@ def readme(text: str, payload: Mapping[str, Any]) -> str:
     Returns:
         the README with today's table.
     """
-    commits = sorted({env.get("commit") or "the first state" for env in payload["environments"].values()})
+    commits = sorted(
+        {env.get("commit") or "the first state" for env in payload["environments"].values()}
+    )
     note = (
         "Top-1 in percent on images that nothing was tuned on, mean ± standard deviation over "
         "calibration seeds; 1 024 unlabelled images, no training, but where an epoch is named. "
