@@ -75,15 +75,14 @@ def readme(text: str, payload: Mapping[str, Any]) -> str:
     Returns:
         the README with today's table.
     """
-    commits = sorted(
-        {env.get("commit") or "the first state" for env in payload["environments"].values()}
-    )
+    known = (env.get("commit") for env in payload["environments"].values())
+    commits = sorted(commit for commit in set(known) if commit)
     note = (
         "Top-1 in percent on images that nothing was tuned on, mean ± standard deviation over "
         "calibration seeds; 1 024 unlabelled images, no training, but where an epoch is named. "
         "The best peer is the best of Torch-Pruning's importances and settings, with batch-norm "
         "re-estimation, chosen on the test images in its favour. Made by "
-        f"`benchmarks/cifar10_width.py` at {', '.join(c[:12] for c in commits)}; every row is on "
+        f"`benchmarks/cifar10_width.py` at {', '.join(commits)}; every row is on "
         "the benchmarks page of the documentation.\n"
     )
     return BLOCK.sub(lambda m: f"{m[1]}{short_table(payload)}\n\n{note}{m[2]}", text)

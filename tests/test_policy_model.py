@@ -154,7 +154,7 @@ REFUSED: list[tuple[Any, type[OTPruneError], str]] = [
         lambda: Policy(rules=[plain(kepe=0.5)]), PolicyError,
         "'kepe' is no key of Channels.\n"
         "  where: Policy.rules[0].kepe; closest: keep, min_keep; known keys: kind, targets, "
-        "ignore, keep, criterion, repair, min_keep, multiple_of\n"
+        "ignore, keep, repair, criterion, min_keep, multiple_of\n"
         "  fix:   correct the key or remove it.",
     ),
     (
