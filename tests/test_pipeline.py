@@ -221,7 +221,9 @@ def test_a_group_that_is_targeted_in_part_stays_and_says_which_others_are_tied_t
     report = otp.prune_(CASES["residual"].model(), otp.Policy(rules=rules), data("residual"))
     [refused] = [r for r in report.plan.refused if r.group == "stem"]
     assert "'blocks.0.conv2'" in refused.reason
-    assert refused.fix == "target all of these producers, or none."
+    assert "'stem'" not in refused.reason
+    assert refused.fix.startswith("target 'blocks.0.conv2'")
+    assert refused.fix.endswith("as well, or leave 'stem' out.")
 
 
 def test_multiple_of_and_min_keep_are_obeyed() -> None:

@@ -70,7 +70,7 @@ def test_a_plan_with_an_edited_slice_is_refused_before_any_write() -> None:
 def test_a_plan_may_be_applied_on_inputs_of_another_size() -> None:
     model = net()
     report = otp.apply_(model, planned(model), images(12), timing=0)
-    assert any("another size" in verdict for verdict in report.verdicts)
+    assert any("other inputs" in verdict for verdict in report.verdicts)
 
 
 def test_repairs_run_in_the_order_of_each_rule() -> None:
@@ -158,3 +158,79 @@ def test_layers_that_are_called_by_keyword_are_pruned_like_others() -> None:
     report = otp.prune_(model, HALF, [torch.randn(32, 6)], timing=0)
     assert model.second.in_features < 8
     assert report.macs.ratio <= 0.5
+
+
+@pytest.mark.parametrize("criterion", ["transport", "obs", "magnitude"])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_constant_inputs_are_no_reason_to_crash(criterion: str, value: float) -> None:
+    policy = otp.Policy(rules=otp.Channels(criterion=criterion), budget=otp.Budget(macs="50%"))
+    report = otp.prune_(net(), policy, [torch.full((64, 3, 8, 8), value)], timing=0)
+    assert report.output_error.after_repair < 1e-5
+
+
+def test_a_policy_is_no_plan() -> None:
+    with pytest.raises(PlanError, match="a Policy is no plan"):
+        otp.apply_(net(), HALF, images())  # type: ignore[arg-type]
+
+
+def test_prunings_are_undone_in_reverse_order_only() -> None:
+    model = net()
+    first = otp.prune_(model, HALF, images(), timing=0)
+    second = otp.prune_(model, HALF, images(), timing=0)
+    with pytest.raises(PlanError, match="pruned again since"):
+        first.undo_()
+    second.undo_()
+    first.undo_()
+    assert model[0].out_channels == 8
+
+
+class Random(nn.Module):
+    """Add noise in evaluation mode, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the net and add noise."""
+        return self.net(x) + torch.randn(4)
+
+
+def test_a_model_whose_output_is_random_is_refused_as_such() -> None:
+    with pytest.raises(OTPruneError, match="output is random"):
+        otp.prune_(Random().eval(), HALF, images(), timing=0)
+
+
+class TakesMapping(nn.Module):
+    """Take the whole batch as one mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Read one entry."""
+        return self.second(self.first(batch["x"]).relu())
+
+
+def test_a_model_that_takes_a_mapping_gets_it_whole() -> None:
+    report = otp.prune_(TakesMapping().eval(), HALF, [{"x": torch.randn(40, 6)}], timing=0)
+    assert report.macs.ratio <= 0.5
+
+
+def test_a_repair_that_moves_the_output_away_is_taken_back_whole() -> None:
+    rule = otp.Channels(keep="50%", repair=["least_squares", "bias", "norm"])
+    data = images()
+    alone = otp.Channels(keep="50%", repair="least_squares")
+    torch.manual_seed(1)
+    model, twin = net(), net()
+    twin.load_state_dict(model.state_dict())
+    both = otp.prune_(model, otp.Policy(rules=rule), data, timing=0)
+    one = otp.prune_(twin, otp.Policy(rules=alone), data, timing=0)
+    assert both.output_error.after_repair <= one.output_error.after_repair + 1e-6
+
+
+def test_few_samples_are_named_in_the_plan() -> None:
+    with otp.attach(net(), HALF) as attached:
+        otp.observe(attached, [torch.randn(8, 3, 8, 8)])
+        assert any("only 8 calibration samples" in note for note in attached.plan().notes)

@@ -203,19 +203,19 @@ def test_an_undo_that_failed_can_be_tried_again() -> None:
         ),
         (
             {},
-            "the output holds: 95.0% top-1 agreement with the dense model, relative error 0.200",
+            "the output holds on the calibration data: 95.0% top-1 agreement with the dense model, relative error 0.200",
         ),
         (
             {"output_error": OutputError(before_repair=2, after_repair=0.97)},
-            "the output has collapsed: relative output error 0.970 (a silent model has 1)",
+            "the output has collapsed on the calibration data: relative output error 0.970 (a silent model has 1)",
         ),
         (
             {"agreement": Agreement(kind="top1", value=0.12, chance=0.1, samples=64)},
-            "the output has collapsed: 12.0% top-1 agreement where chance gives 10.0%",
+            "the output has collapsed on the calibration data: 12.0% top-1 agreement where chance gives 10.0%",
         ),
         (
             {"agreement": Agreement(kind="cosine", value=0.02, chance=0.0, samples=64)},
-            "the output has collapsed: cosine 0.020 where chance gives 0.000",
+            "the output has collapsed on the calibration data: cosine 0.020 where chance gives 0.000",
         ),
         ({}, "within budget: 19,900 macs kept (49.8%), 20,000 allowed (50.0%)"),
         (

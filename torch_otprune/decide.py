@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from torch_otprune.errors import VerificationError
 from torch_otprune.plan import Cut, Plan, make_plan
 from torch_otprune.policy import Policy
 from torch_otprune.statistics import Observation
-from torch_otprune.structure import Graph
-from torch_otprune.surgery import disagreement, tolerance
+from torch_otprune.structure import Graph, evaluating, flat_tensors, run
+from torch_otprune.surgery import disagreement, gap, tolerance
 
 __all__ = ["decide"]
 
@@ -36,13 +37,14 @@ def decide(
         a plan whose cuts all passed.
 
     Raises:
-        VerificationError: if cuts pass one by one and fail together.
+        VerificationError: if cuts pass one by one and fail together, or the output is random.
     """
     banned: dict[str, str] = {}
     while True:
         plan = make_plan(model, policy, graph, observation, banned=banned)
         if disagreement(model, plan.cuts, example) <= tolerance(model):
             return plan
+        _check_steady(model, example)
         failed = _failures(model, plan.cuts, example)
         if not failed:
             raise VerificationError(
@@ -53,10 +55,22 @@ def decide(
         banned |= failed
 
 
+def _check_steady(model: nn.Module, example: Any) -> None:
+    """Refuse a model whose output is random: nothing can be compared with it."""
+    with evaluating(model), torch.no_grad():
+        first, second = (flat_tensors(run(model, example)) for _ in range(2))
+    if gap(first, second) > tolerance(model):
+        raise VerificationError(
+            "the model's output is random: two runs on one batch differ.",
+            where=type(model).__name__,
+            fix="make forward deterministic in evaluation mode.",
+        )
+
+
 def _failures(model: nn.Module, cuts: Sequence[Cut], example: Any) -> dict[str, str]:
     off = {cut.group: disagreement(model, [cut], example) for cut in cuts}
     return {
-        name: f"cut and masked outputs differ by {gap:.1e} of the largest output"
-        for name, gap in off.items()
-        if gap > tolerance(model)
+        name: f"cut and masked outputs differ by {far:.1e} of the largest output"
+        for name, far in off.items()
+        if far > tolerance(model)
     }

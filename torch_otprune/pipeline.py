@@ -12,6 +12,7 @@ from torch_otprune.attach import EXAMPLE, attach, check_unattached, observe
 from torch_otprune.plan import Cut, Plan
 from torch_otprune.policy import Policy
 from torch_otprune.repair import Note, Patient, Repair
+from torch_otprune.repair.lockstep import distance
 from torch_otprune.report import Report
 from torch_otprune.statistics import collect, rebatched
 from torch_otprune.statistics.reduce import share
@@ -19,6 +20,8 @@ from torch_otprune.store import WayBack
 from torch_otprune.structure import Graph, head, trace
 from torch_otprune.surgery import Snapshot, check_plan, check_slices, copied, cut_
 from torch_otprune.verify import Progress, Stopwatch, quiet, verify
+
+_GUARD = 4  # batches on which a repair must not do harm
 
 __all__ = ["apply_", "prune_", "repair_"]
 
@@ -156,5 +159,18 @@ def repair_(
             patient = Patient(
                 dense, model, graph, cuts, plan.cuts, batches, plan.policy.seed, progress
             )
-            notes += repair.apply_(patient)
+            notes += _guarded(repair, patient)
     return notes
+
+
+def _guarded(repair: Repair, patient: Patient) -> list[Note]:
+    """Run a repair, and take it back whole if the output ends further from the dense one."""
+    models, some = (patient.dense, patient.small), patient.batches[:_GUARD]
+    before, snapshot = distance(*models, some), Snapshot(patient.small)
+    notes = list(repair.apply_(patient))
+    after = distance(*models, some)
+    if after <= before:
+        return notes
+    snapshot.restore_()
+    text = f"the output's squared error would rise from {before:.2e} to {after:.2e}"
+    return [Note(repair.kind, "model", before, before, accepted=False, text=text)]

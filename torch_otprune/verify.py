@@ -99,7 +99,7 @@ def verify(
     return Report(
         plan=plan,
         **costs,
-        latency=latency(dense, small, some[0], seconds=timing) if timing else None,
+        latency=latency(dense, small, some[0], seconds=timing) if timing > 0 else None,
         layers=layer_errors(*errors),
         agreement=agreement(expected, mended),
         output_error=off,

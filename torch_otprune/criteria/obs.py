@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_otprune.criteria.base import Criterion, Need, Ranking, register, settle
 from torch_otprune.criteria.moments import observed
 from torch_otprune.statistics.evidence import Consumer, Evidence
+from torch_otprune.statistics.moments import ridge_factor
 
 __all__ = ["OBS"]
 
@@ -58,10 +59,8 @@ class _State:
         assert consumer.second is not None
         _, self.units, self.taps = consumer.weight.shape
         size = self.units * self.taps
-        second = consumer.second.reshape(size, size).clone()
-        floor = ridge * second.diagonal().mean().clamp_min(1e-12)
-        second.diagonal().add_(floor)
-        self.inverse = torch.linalg.inv(second)
+        factor = ridge_factor(consumer.second.reshape(size, size), ridge)
+        self.inverse = torch.cholesky_inverse(factor)
         self.weight = consumer.felt().flatten(1)
         self.eye = torch.eye(self.taps, dtype=torch.float64)
 

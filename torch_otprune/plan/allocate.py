@@ -192,8 +192,8 @@ def _reachable(problem: Problem, costs: Mapping[str, CostModel], dense: Mapping[
             f"a budget of {measure.limit:,} {measure.name} ({measure.limit / max(whole, 1):.1%}) "
             f"cannot be reached: the least is {least:,} ({percent:.1f}%).",
             where=f"Budget.{measure.name}; most of the least is {blockers}",
-            fix=f"keep at least {percent:.1f}% of {measure.name}, lower min_keep, or target more "
-            "groups.",
+            fix=f"keep at least {percent:.1f}% of {measure.name}; or lower min_keep, multiple_of "
+            "or keep of the rules, or target more groups.",
         )
 
 

@@ -21,6 +21,8 @@ from torch_otprune.structure.graph import Graph
 
 __all__ = ["make_plan"]
 
+_FEW = 32  # samples below which a plan says how few they were
+
 
 def make_plan(
     model: nn.Module,
@@ -73,9 +75,17 @@ def make_plan(
         refused=tuple(refused),
         params=costs["params"],
         macs=costs["macs"],
-        notes=(*found.notes, *_stuck(policy, candidates)),
+        notes=(*found.notes, *_stuck(policy, candidates), *_thin(observation)),
         versions=_versions(),
     )
+
+
+def _thin(observation: Observation) -> list[str]:
+    """Warn where so few samples decided that the report cannot know better."""
+    if not observation.moments or observation.samples >= _FEW:
+        return []
+    seen = f"only {observation.samples} calibration samples were seen"
+    return [f"{seen}: what holds on them may not hold on other data"]
 
 
 def _stuck(policy: Policy, candidates: list[Candidate]) -> list[str]:
@@ -119,7 +129,7 @@ def _limits(policy: Policy, graph: Graph) -> dict[str, int]:
 
 def _cut(candidate: Candidate, size: int) -> Cut:
     keep = candidate.choose(size)
-    lost = sqrt(max(float(candidate.curve[size]), 0.0))
+    lost = float(f"{sqrt(max(float(candidate.curve[size]), 0.0)):.3e}")
     felt = f"dropping {candidate.units - size} moves {candidate.moves} by {lost:.2%}"
     return Cut(
         group=candidate.name,
@@ -127,7 +137,7 @@ def _cut(candidate: Candidate, size: int) -> Cut:
         units=candidate.units,
         keep=tuple(keep.tolist()),
         criterion=candidate.criterion,
-        error=float(f"{lost:.3e}"),
+        error=lost,
         reason=f"{candidate.criterion}: {felt}",
         slices=candidate.spell(keep),
     )

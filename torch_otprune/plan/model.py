@@ -115,7 +115,7 @@ class Plan(_Frozen):
         try:
             return cls.model_validate_json(text)
         except ValueError as error:
-            said = [line.strip() for line in str(error).splitlines()]
+            said = [line.partition(" [type=")[0].strip() for line in str(error).splitlines()]
             raise PlanError(
                 f"this is no plan: {': '.join(said[1:3]) or said[0]}.",
                 where="Plan.from_json",

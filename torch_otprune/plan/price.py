@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torch_otprune.criteria.base import Ranking, settle
 from torch_otprune.statistics.evidence import Consumer, Evidence
+from torch_otprune.statistics.moments import ridge_factor
 
 __all__ = ["dropped", "repaired", "weighted"]
 
@@ -68,9 +69,8 @@ def _residual(order: Tensor, consumer: Consumer) -> Float[Tensor, " units"]:
     """What each unit adds to the output that the units before it cannot."""
     assert consumer.second is not None
     units, taps = consumer.second.shape[:2]
-    second = consumer.second[order][:, :, order].reshape(units * taps, units * taps).clone()
-    second.diagonal().add_(_RIDGE * second.diagonal().mean().clamp_min(1e-12))
-    factor = torch.linalg.cholesky(second)
+    second = consumer.second[order][:, :, order].reshape(units * taps, units * taps)
+    factor = ridge_factor(second, _RIDGE)
     weight = consumer.felt()[:, order].flatten(1)
     power: Tensor = (weight @ factor).square().sum(0)
     return power.view(units, taps).sum(1)

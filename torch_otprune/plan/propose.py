@@ -141,8 +141,8 @@ def _owned(
     everything: tuple[Group | Blocked, ...] = (*case.graph.groups, *case.graph.blocked)
     for group in everything:
         paths = [m.path for m in group.producers] if isinstance(group, Group) else [group.name]
-        found = {owner(list(rules.values()), p, classes, ignore=ignore) for p in paths}
-        reached = {indices[i] for i in found if i is not None}
+        found = {p: owner(list(rules.values()), p, classes, ignore=ignore) for p in paths}
+        reached = {indices[i] for i in found.values() if i is not None}
         if len(reached) > 1:
             raise TargetError(
                 f"group {group.name!r} has producers under different rules.",
@@ -151,23 +151,23 @@ def _owned(
             )
         if not reached:
             continue
-        if why := _objection(case, group, whole=None not in found):
+        if why := _objection(case, group, [p for p in paths if found[p] is None]):
             refused.append(Refusal(group=group.name, reason=why[0], fix=why[1]))
         else:
             owned[group.name] = reached.pop()
     return owned, refused
 
 
-def _objection(case: Case, group: Group | Blocked, *, whole: bool) -> tuple[str, str] | None:
+def _objection(case: Case, group: Group | Blocked, missed: Sequence[str]) -> tuple[str, str] | None:
     if isinstance(group, Blocked):
         return group.reason, group.fix
     if group.name in case.banned:
         return case.banned[group.name], "report the model: its trace misses an op."
-    if not whole:
-        names = ", ".join(repr(m.path) for m in group.producers)
+    if missed:
+        names = ", ".join(map(repr, missed))
         return (
-            f"its channels are tied to others that no rule targets ({names})",
-            "target all of these producers, or none.",
+            f"its channels are tied to those of {names}, which no rule targets",
+            f"target {names} as well, or leave '{group.name}' out.",
         )
     return None
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.statistics.moments import add_gram_
+from torch_otprune.statistics.moments import add_gram_, ridge_factor
 
 __all__ = ["Fit", "Normal", "solve"]
 
@@ -114,9 +114,5 @@ def _ridge(normal: Normal, old: Tensor, ridge: float) -> Tensor:
     mean = normal.gram.diagonal().mean()
     if float(mean) <= 0:
         return old
-    lifted = normal.gram.clone()
-    lifted.diagonal().add_(ridge * mean)
-    factor, info = torch.linalg.cholesky_ex(lifted)
-    if int(info):
-        factor = torch.linalg.cholesky(lifted + 1e-6 * mean * torch.eye(len(lifted)).to(lifted))
+    factor = ridge_factor(normal.gram, ridge)
     return old + torch.cholesky_solve(normal.cross - normal.gram @ old, factor)

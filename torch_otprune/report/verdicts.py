@@ -38,9 +38,12 @@ def _output(report: Report) -> Iterator[str]:
     if agreement.above_chance < _COLLAPSED_AGREEMENT:
         reasons.append(f"{agreement} where chance gives {_level(report, agreement.chance)}")
     if reasons:
-        yield f"the output has collapsed: {' and '.join(reasons)}"
+        yield f"the output has collapsed on the calibration data: {' and '.join(reasons)}"
     else:
-        yield f"the output holds: {agreement} with the dense model, relative error {error(after)}"
+        yield (
+            f"the output holds on the calibration data: {agreement} with the dense model, "
+            f"relative error {error(after)}"
+        )
 
 
 def _level(report: Report, value: float) -> str:
@@ -76,7 +79,7 @@ def _promise(report: Report) -> Iterator[str]:
     for name in ("params", "macs"):
         promised, measured = getattr(report.plan, name), getattr(report, name)
         if promised.before != measured.before:
-            yield f"{name} were measured on inputs of another size than the plan was made on"
+            yield f"{name} are those of other inputs, or of another model, than the plan's"
         elif promised != measured:
             yield (
                 f"the plan was wrong about {name}: it promised {promised.before:,} -> "

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Moments", "add_gram_"]
+__all__ = ["Moments", "add_gram_", "ridge_factor"]
 
 _NARROW = 512  # columns that one product handles as fast as two halves
 
@@ -99,3 +99,30 @@ def add_gram_(total: Float[Tensor, "columns columns"], rows: Float[Tensor, "rows
     mixed = rows[:, :half].T @ rows[:, half:]
     total[:half, half:] += mixed
     total[half:, :half] += mixed.T
+
+
+def ridge_factor(
+    second: Float[Tensor, "columns columns"], ridge: float
+) -> Float[Tensor, "columns columns"]:
+    """Factor moments after lifting them by a share of their mean diagonal.
+
+    Moments of a signal that hardly varies are rounding errors, and may not even be positive;
+    the lift grows until they are.
+
+    Args:
+        second: symmetric, positive semi-definite up to rounding; left as it was.
+        ridge: share of the mean diagonal to start with.
+
+    Returns:
+        the lower Cholesky factor.
+    """
+    scale = max(float(second.diagonal().mean()), float(second.abs().max()) * 1e-3, 1e-12)
+    lift = ridge * scale
+    while True:
+        lifted = second.clone()
+        lifted.diagonal().add_(lift)
+        factor, info = torch.linalg.cholesky_ex(lifted)
+        if not int(info):
+            found: Tensor = factor
+            return found
+        lift *= 10

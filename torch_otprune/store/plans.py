@@ -70,13 +70,24 @@ class WayBack:
     """
 
     def __init__(self, snapshot: Snapshot, plan: Plan) -> None:
-        self.snapshot = snapshot
+        self.snapshot, self.plan = snapshot, plan
         found = PLANS.get(id(snapshot.model))
         self.before = found[1] if found is not None and found[0]() is snapshot.model else None
         remember(snapshot.model, plan)
 
     def __call__(self) -> None:
-        """Restore the model."""
+        """Restore the model.
+
+        Raises:
+            PlanError: if the model was pruned again since.
+        """
+        found = PLANS.get(id(self.snapshot.model))
+        if found is not None and found[1] is not self.plan:
+            raise PlanError(
+                "the model was pruned again since.",
+                where="Report.undo_",
+                fix="undo the later pruning first.",
+            )
         self.snapshot.restore_()
         forget(self.snapshot.model)
         if self.before is not None:

@@ -81,8 +81,21 @@ def _damaged(root: Path, reason: str, fix: str) -> LoadError:
     return LoadError(f"this is no saved model: {reason}.", where=str(root), fix=fix)
 
 
+def _called(factory: Callable[[], nn.Module]) -> object:
+    if not callable(factory):
+        return None
+    try:
+        return factory()
+    except Exception as error:  # the user's code may raise anything
+        raise LoadError(
+            f"calling the factory failed: {type(error).__name__}: {error}",
+            where=f"load, factory {getattr(factory, '__name__', factory)}",
+            fix="pass a callable without arguments, such as `lambda: Net(width=64)`.",
+        ) from error
+
+
 def _build(factory: Callable[[], nn.Module]) -> nn.Module:
-    model = factory() if callable(factory) and not isinstance(factory, nn.Module) else None
+    model = _called(factory) if not isinstance(factory, nn.Module) else None
     if not isinstance(model, nn.Module):
         raise LoadError(
             f"the factory is a {type(factory).__name__} that builds no module when called.",

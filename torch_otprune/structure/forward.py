@@ -49,7 +49,8 @@ class Call:
 def run(model: nn.Module, batch: Any) -> Any:
     """Call the model on one batch.
 
-    A mapping is passed as keywords, as far as `forward` names them; of a tuple or list, as
+    A mapping is passed as keywords, as far as `forward` names them, or whole where it names none
+    of them; of a tuple or list, as
     many leading elements as `forward` has positional parameters without a default (one at
     least), so that `(images, labels)` feeds the images; anything else is the only argument.
     To feed an optional argument, pass a mapping.
@@ -78,7 +79,8 @@ def called(model: nn.Module, batch: Any) -> Call:
     if isinstance(batch, Call):
         return batch
     if isinstance(batch, Mapping):
-        return Call((), _named(model, batch))
+        named = _named(model, batch)
+        return Call((), named) if named or not batch else Call((batch,), {})
     if isinstance(batch, (tuple, list)):
         return Call(tuple(batch[: _positional(model, len(batch))]), {})
     return Call((batch,), {})

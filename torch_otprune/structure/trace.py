@@ -78,6 +78,12 @@ def check(model: nn.Module) -> None:
             where=where,
             fix="materialise it with model.to_empty(device='cpu') and load its weights.",
         )
+    if any(p.is_inference() for p in parameters):
+        raise StructureError(
+            "the model was built under torch.inference_mode().",
+            where=where,
+            fix="build it outside: such parameters can be neither analysed nor trained.",
+        )
 
 
 def _check_eager(name: str, module: nn.Module, where: str) -> None:

@@ -29,6 +29,12 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         PlanError: if the model's tensors are not those the plan was made for.
         StructureError: if the model cannot be cut at all.
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"a {type(plan).__name__} is no plan.",
+            where="apply_",
+            fix="pass what attached.plan() returned, or call prune_ with a policy.",
+        )
     check(model)
     check_cuts(model, plan.cuts)
     found = fingerprint(model)
