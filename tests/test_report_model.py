@@ -32,6 +32,9 @@ from torch_otprune.report.words import count, error, short_names
 
 PARAMS, MACS = Cost(before=1000, after=600), Cost(before=40_000, after=19_900)
 
+HOLDS = "the output holds on the calibration data: "
+COLLAPSED = "the output has collapsed on the calibration data: "
+
 
 def a_plan(groups: int = 3) -> Plan:
     cuts = tuple(
@@ -203,19 +206,19 @@ def test_an_undo_that_failed_can_be_tried_again() -> None:
         ),
         (
             {},
-            "the output holds on the calibration data: 95.0% top-1 agreement with the dense model, relative error 0.200",
+            f"{HOLDS}95.0% top-1 agreement with the dense model, relative error 0.200",
         ),
         (
             {"output_error": OutputError(before_repair=2, after_repair=0.97)},
-            "the output has collapsed on the calibration data: relative output error 0.970 (a silent model has 1)",
+            f"{COLLAPSED}relative output error 0.970 (a silent model has 1)",
         ),
         (
             {"agreement": Agreement(kind="top1", value=0.12, chance=0.1, samples=64)},
-            "the output has collapsed on the calibration data: 12.0% top-1 agreement where chance gives 10.0%",
+            f"{COLLAPSED}12.0% top-1 agreement where chance gives 10.0%",
         ),
         (
             {"agreement": Agreement(kind="cosine", value=0.02, chance=0.0, samples=64)},
-            "the output has collapsed on the calibration data: cosine 0.020 where chance gives 0.000",
+            f"{COLLAPSED}cosine 0.020 where chance gives 0.000",
         ),
         ({}, "within budget: 19,900 macs kept (49.8%), 20,000 allowed (50.0%)"),
         (
