@@ -80,8 +80,8 @@ def readme(text: str, payload: Mapping[str, Any]) -> str:
     note = (
         "Top-1 in percent on images that nothing was tuned on, mean ± standard deviation over "
         "calibration seeds; 1 024 unlabelled images, no training, but where an epoch is named. "
-        "The best peer is the best of Torch-Pruning's importances and settings, with batch-norm "
-        "re-estimation, chosen on the test images in its favour. Made by "
+        "The best peer is the best of those of Torch-Pruning's importances and settings that were "
+        "run, with batch-norm re-estimation, chosen on the test images in its favour. Made by "
         f"`benchmarks/cifar10_width.py` at {', '.join(commits)}; every row is on "
         "the benchmarks page of the documentation.\n"
     )

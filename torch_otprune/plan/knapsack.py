@@ -162,11 +162,6 @@ class Problem:
         """List every two groups that share a product."""
         return [(a, b) for a, near in enumerate(self.neighbours) for b in sorted(near) if a < b]
 
-    @property
-    def separable(self) -> bool:
-        """Tell whether every cost is a sum of one function per group."""
-        return not any(self.neighbours)
-
     def kept(self, state: State) -> list[int]:
         """Look the widths up."""
         return [int(w[i]) for w, i in zip(self.widths, state, strict=True)]

@@ -28,6 +28,7 @@ __all__ = [
     "outside_inference",
     "run",
     "run_checked",
+    "shapes",
 ]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -119,6 +120,12 @@ def first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__).rstrip(":")
 
 
+def shapes(batch: Any) -> str:
+    """Write the shapes of a batch for an error; its type where it holds no tensor."""
+    found = ", ".join(str(tuple(t.shape)) for t in flat_tensors(batch))
+    return found or type(batch).__name__
+
+
 def run_checked(model: nn.Module, batch: Any, index: int) -> Any:
     """Call the model on one of several batches, and name the batch where that fails.
 
@@ -139,10 +146,9 @@ def run_checked(model: nn.Module, batch: Any, index: int) -> Any:
     except OTPruneError:  # a hook has said it better
         raise
     except Exception as error:  # forward is the user's: it may raise anything
-        shapes = ", ".join(str(tuple(t.shape)) for t in flat_tensors(batch))
         raise CalibrationError(
             f"the model does not run on batch {index}: {first_line(error)}.",
-            where=f"{type(model).__name__}, batch of shape {shapes or type(batch).__name__}",
+            where=f"{type(model).__name__}, batch of shape {shapes(batch)}",
             fix="make every batch one that the model's forward takes.",
         ) from error
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch_otprune.errors import OTPruneError, StructureError
 from torch_otprune.structure.costs import cost_models
 from torch_otprune.structure.depgraph import Component, components
-from torch_otprune.structure.forward import first_line, flat_tensors, map_tensors, outside_inference
+from torch_otprune.structure.forward import first_line, map_tensors, outside_inference, shapes
 from torch_otprune.structure.graph import Blocked, Graph, Group, Member, Side
 from torch_otprune.structure.layers import bare_axis, channels
 from torch_otprune.structure.probe import Probe, probe
@@ -130,10 +130,9 @@ def _probe(model: nn.Module, example: Any) -> Probe:
     except OTPruneError:  # it has said it better
         raise
     except Exception as error:  # forward is the user's: it may raise anything
-        shapes = ", ".join(str(tuple(t.shape)) for t in flat_tensors(example))
         raise StructureError(
             f"the model does not run on the example: {first_line(error)}",
-            where=f"{type(model).__name__}, example of shape {shapes or type(example).__name__}",
+            where=f"{type(model).__name__}, example of shape {shapes(example)}",
             fix="pass a batch as the model's forward takes it.",
         ) from error
 
