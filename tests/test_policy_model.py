@@ -211,7 +211,7 @@ REFUSED: list[tuple[Any, type[OTPruneError], str]] = [
     ),
     (
         lambda: Budget(), BudgetError,
-        "this budget limits nothing.\n  where: Budget\n  fix:   give `macs` or `params`.",
+        "this budget limits nothing.\n  where: Budget\n  fix:   give `macs`, `params` or `layers`.",
     ),
     (
         lambda: Budget(latency="8ms"), BudgetError,  # type: ignore[call-arg]

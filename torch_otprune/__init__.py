@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from torch_otprune.errors import OTPruneError
     from torch_otprune.pipeline import apply_, prune_
     from torch_otprune.plan import Plan
-    from torch_otprune.policy import Budget, Calibration, Channels, Policy, prunable
+    from torch_otprune.policy import (
+        Budget,
+        Calibration,
+        Channels,
+        Layers,
+        Linearize,
+        Policy,
+        prunable,
+    )
     from torch_otprune.report import Report
     from torch_otprune.store import load, save
     from torch_otprune.structure.doctor import Diagnosis, doctor
@@ -25,6 +33,8 @@ __all__ = [
     "Calibration",
     "Channels",
     "Diagnosis",
+    "Layers",
+    "Linearize",
     "OTPruneError",
     "Plan",
     "Policy",

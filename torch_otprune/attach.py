@@ -14,11 +14,12 @@ from torch import nn
 from torch_otprune.criteria.base import Criterion
 from torch_otprune.decide import decide
 from torch_otprune.errors import CalibrationError, PolicyError, StructureError
-from torch_otprune.plan import Plan
-from torch_otprune.policy import Policy, Rule, match, module_classes, policy_of
+from torch_otprune.plan import Plan, owned_blocks
+from torch_otprune.policy import Channels, Layers, Policy, Rule, match, module_classes, policy_of
 from torch_otprune.policy.targets import selects
 from torch_otprune.repair.base import Repair
 from torch_otprune.statistics import (
+    ChainEvidence,
     Observation,
     Recorder,
     Reservoir,
@@ -29,8 +30,10 @@ from torch_otprune.statistics import (
     conclude,
     consumers,
     finite,
+    listen,
     quote,
 )
+from torch_otprune.statistics.observation import DRAWS
 from torch_otprune.statistics.reduce import ranks, ranks_where, share
 from torch_otprune.structure import Call, Graph, batch_size, evaluating, head, map_tensors, trace
 from torch_otprune.structure.forward import outside_inference, run_checked
@@ -234,10 +237,18 @@ class Attached:
                 self._recorder,
                 self._probes.batches(),
                 self._paths,
+                chains=self._chains(),
                 samples=self.samples,
                 feel="sensitivity" in self._needs,
                 seed=self.policy.seed,
             )
+
+    def _chains(self) -> dict[str, ChainEvidence]:
+        """Look at what flows between the blocks that a rule may remove."""
+        graph, probes, found = self._known(), self._probes.batches(), dict[str, ChainEvidence]()
+        for blocks in owned_blocks(self.model, self.policy, graph).values():
+            found |= listen(self.model, graph, blocks, probes, draws=DRAWS, seed=self.policy.seed)
+        return found
 
     def _known(self) -> Graph:
         missing = ranks_where(self.graph is None)  # all ranks fail, or those that wait hang
@@ -285,7 +296,8 @@ class Attached:
     def _readers(self, graph: Graph) -> tuple[str, ...]:
         """List the consumers of the groups that some rule reaches."""
         classes = module_classes(self.model)
-        rules, ignore = self.policy.rules, self.policy.ignore
+        rules = [rule for rule in self.policy.rules if isinstance(rule, Channels)]
+        ignore = self.policy.ignore
         reached = [
             group.name
             for group in graph.groups
@@ -316,7 +328,7 @@ class Attached:
             return
         self._batch = batch
         self.samples += wanted
-        if "sensitivity" in self._needs:
+        if self._needs & {"sensitivity", "chains"}:
             self._probes.add(head(batch, wanted))
 
     def leave(self, output: Any) -> None:
@@ -335,13 +347,14 @@ class Attached:
 
 def _needs(policy: Policy) -> frozenset[str]:
     """Collect the statistics that the chosen criteria, repairs and weighting ask for."""
-    needs: set[str] = set()
-    for rule in policy.rules:
+    needs = {"chains"} if any(isinstance(rule, Layers) for rule in policy.rules) else set[str]()
+    for rule in (rule for rule in policy.rules if isinstance(rule, Channels)):
         criterion = getattr(rule, "criterion", None)
         needs |= criterion.needs if isinstance(criterion, Criterion) else set()
         for repair in getattr(rule, "repair", ()):
             needs |= repair.needs if isinstance(repair, Repair) else set()
-    if policy.budget is not None and policy.budget.weighting == "output":
+    channels = any(isinstance(rule, Channels) for rule in policy.rules)
+    if channels and policy.budget is not None and policy.budget.weighting == "output":
         needs |= {"moments", "sensitivity"}
     return frozenset(needs)
 

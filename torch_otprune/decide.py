@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from torch_otprune.errors import VerificationError
-from torch_otprune.plan import Cut, Plan, make_plan
+from torch_otprune.plan import Plan, make_plan
 from torch_otprune.policy import Policy
 from torch_otprune.statistics import Observation
 from torch_otprune.structure import Graph, evaluating, flat_tensors, run
-from torch_otprune.surgery import disagreement, gap, tolerance
+from torch_otprune.surgery import (
+    compact_,
+    copied,
+    cut_,
+    disagreement,
+    exchange_,
+    gap,
+    tolerance,
+)
 
 __all__ = ["decide"]
 
@@ -42,15 +49,15 @@ def decide(
     banned: dict[str, str] = {}
     while True:
         plan = make_plan(model, policy, graph, observation, banned=banned)
-        if disagreement(model, plan.cuts, example) <= tolerance(model):
-            return plan
+        if disagreement(model, plan.cuts, example, drops=plan.drops) <= tolerance(model):
+            return _compacted(model, plan, example)
         _check_steady(model, example)
-        failed = _failures(model, plan.cuts, example)
+        failed = _failures(model, plan, example)
         if not failed:
             raise VerificationError(
                 "the cuts are right one by one, but not together.",
-                where=", ".join(cut.group for cut in plan.cuts),
-                fix="ignore one of these groups, and report the model.",
+                where=", ".join(plan.keep()),
+                fix="ignore one of these, and report the model.",
             )
         banned |= failed
 
@@ -67,10 +74,21 @@ def _check_steady(model: nn.Module, example: Any) -> None:
         )
 
 
-def _failures(model: nn.Module, cuts: Sequence[Cut], example: Any) -> dict[str, str]:
-    off = {cut.group: disagreement(model, [cut], example) for cut in cuts}
+def _failures(model: nn.Module, plan: Plan, example: Any) -> dict[str, str]:
+    off = {cut.group: disagreement(model, [cut], example) for cut in plan.cuts}
+    off |= {drop.block: disagreement(model, [], example, drops=[drop]) for drop in plan.drops}
     return {
         name: f"cut and masked outputs differ by {far:.1e} of the largest output"
         for name, far in off.items()
         if far > tolerance(model)
     }
+
+
+def _compacted(model: nn.Module, plan: Plan, example: Any) -> Plan:
+    """Find out, on a copy, which removed blocks can leave their lists without a trace."""
+    if not plan.drops:
+        return plan
+    small = copied(model)
+    cut_(small, plan.cuts)
+    exchange_(small, plan.drops)
+    return plan.model_copy(update={"compacted": compact_(small, example)})

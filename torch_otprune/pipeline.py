@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torch_otprune.attach import EXAMPLE, attach, check_unattached, observe
-from torch_otprune.plan import Cut, Plan
+from torch_otprune.plan import Plan
 from torch_otprune.policy import Policy
 from torch_otprune.repair import Note, Patient, Repair
 from torch_otprune.repair.lockstep import distance
@@ -18,8 +18,16 @@ from torch_otprune.statistics import collect, rebatched
 from torch_otprune.statistics.reduce import share
 from torch_otprune.store import WayBack
 from torch_otprune.structure import Graph, head, trace
-from torch_otprune.surgery import Snapshot, check_plan, check_slices, copied, cut_
-from torch_otprune.verify import Progress, Stopwatch, quiet, verify
+from torch_otprune.surgery import (
+    Snapshot,
+    check_plan,
+    check_slices,
+    copied,
+    cut_,
+    exchange_,
+    take_out_,
+)
+from torch_otprune.verify import Progress, Stopwatch, measure_layers, quiet, verify
 
 _GUARD = 4  # batches on which a repair must not do harm
 
@@ -94,11 +102,14 @@ def apply_(
         try:
             notes, raw = _operate(model, dense, graph, plan, batches, watch=watch)
             with watch("verify"):
+                layers = measure_layers((dense, raw, model), graph, plan, batches)
+                take_out_(model, plan.compacted)  # last: paths change
                 report = verify(
                     (dense, raw, model),
                     graph,
                     plan,
                     batches,
+                    layers=layers,
                     notes=notes,
                     seconds=watch.seconds,
                     timing=timing,
@@ -121,6 +132,7 @@ def _operate(
     """Cut and repair; return what the repairs did and a copy from before them."""
     with watch("cut"):
         cut_(model, plan.cuts)
+        exchange_(model, plan.drops)
     raw = copied(model)
     with watch("repair"):
         return repair_(model, dense, graph, plan, batches, progress=watch.progress), raw
@@ -148,16 +160,27 @@ def repair_(
     Returns:
         what every repair did.
     """
-    asked: dict[tuple[int, Repair], list[Cut]] = {}
+    asked: dict[tuple[int, Repair], list[int]] = {}
     for index, rule in enumerate(plan.policy.rules):
         for place, repair in enumerate(rule.repair):
             assert isinstance(repair, Repair)
-            asked.setdefault((place, repair), []).extend(c for c in plan.cuts if c.rule == index)
+            asked.setdefault((place, repair), []).append(index)
     notes: list[Note] = []
-    for (_, repair), cuts in sorted(asked.items(), key=lambda item: item[0][0]):
-        if cuts:
+    for (_, repair), rules in sorted(asked.items(), key=lambda item: item[0][0]):
+        cuts = [cut for cut in plan.cuts if cut.rule in rules]
+        drops = [drop for drop in plan.drops if drop.rule in rules]
+        if cuts or drops:
             patient = Patient(
-                dense, model, graph, cuts, plan.cuts, batches, plan.policy.seed, progress
+                dense,
+                model,
+                graph,
+                cuts,
+                plan.cuts,
+                batches,
+                drops=drops,
+                gone=plan.drops,
+                seed=plan.policy.seed,
+                progress=progress,
             )
             notes += _guarded(repair, patient)
     return notes

@@ -15,6 +15,7 @@ from torch_otprune.plan import Cost, Plan
 from torch_otprune.repair import Note
 from torch_otprune.repair.blocks import blocks
 from torch_otprune.report import (
+    LayerError,
     OutputError,
     RepairNote,
     Report,
@@ -28,8 +29,9 @@ from torch_otprune.report import (
     per_layer_error,
 )
 from torch_otprune.structure import Graph, batch_size, evaluating, map_tensors, run
+from torch_otprune.surgery import gone
 
-__all__ = ["Progress", "Stopwatch", "quiet", "verify"]
+__all__ = ["Progress", "Stopwatch", "measure_layers", "quiet", "verify"]
 
 Progress = Callable[[str, int, int], None]
 _ENOUGH = 256  # samples for errors and agreement; latency takes one batch
@@ -66,6 +68,7 @@ def verify(
     plan: Plan,
     batches: Sequence[Any],
     *,
+    layers: tuple[LayerError, ...],
     notes: Sequence[Note],
     seconds: Mapping[str, float],
     timing: float,
@@ -77,6 +80,7 @@ def verify(
         graph: the original's analysis.
         plan: what was carried out.
         batches: calibration batches.
+        layers: what `measure_layers` found.
         notes: what the repairs did.
         seconds: time by stage so far.
         timing: seconds to spend on measuring latency; 0 leaves it out.
@@ -87,11 +91,9 @@ def verify(
     Raises:
         VerificationError: if parameters or MACs are not what the plan predicted.
     """
-    dense, raw, small = models
+    dense, _, small = models
     some = _some(batches)
     costs = _costs((dense, small), graph, plan, some[0])
-    paths = _places(dense, graph, plan)
-    errors = [per_layer_error(dense, net, some, paths) for net in (raw, small)]
     expected, cut, mended = (_outputs(net, some) for net in models)
     off = OutputError(
         before_repair=output_error(expected, cut), after_repair=output_error(expected, mended)
@@ -100,7 +102,7 @@ def verify(
         plan=plan,
         **costs,
         latency=latency(dense, small, some[0], seconds=timing) if timing > 0 else None,
-        layers=layer_errors(*errors),
+        layers=layers,
         agreement=agreement(expected, mended),
         output_error=off,
         repairs=tuple(_noted(note) for note in notes),
@@ -109,11 +111,34 @@ def verify(
     )
 
 
+def measure_layers(
+    models: tuple[nn.Module, nn.Module, nn.Module],
+    graph: Graph,
+    plan: Plan,
+    batches: Sequence[Any],
+) -> tuple[LayerError, ...]:
+    """Measure layer by layer how far the cut model is from the original, while paths agree.
+
+    Args:
+        models: the original, the cut model before repair, and after it.
+        graph: the original's analysis.
+        plan: what was carried out.
+        batches: calibration batches.
+
+    Returns:
+        errors of the layers whose outputs have the same shape in all models.
+    """
+    dense, *others = models
+    some, paths = _some(batches), _places(dense, graph, plan)
+    return layer_errors(*(per_layer_error(dense, net, some, paths) for net in others))
+
+
 def _places(dense: nn.Module, graph: Graph, plan: Plan) -> list[str]:
     """List the blocks around cuts, and the linear layers that write straight to what follows."""
     # Where an output is added to a stream, a repair may rightly change it to mend the stream.
-    around = blocks(dense, plan.cuts)
+    around = [path for path in blocks(dense, plan.cuts) if not gone(plan.drops, path)]
     straight = [p for p in graph.order if not (p in graph.tails and graph.tails[p].added)]
+    straight = [path for path in straight if not gone(plan.drops, path)]
     order = [name for name, _ in dense.named_modules()]
     return sorted({*around, *straight}, key=order.index)
 
@@ -135,12 +160,13 @@ def _costs(
     """Count both models and hold the cost model to its word, on this batch's input size."""
     dense, small = models
     keep = graph.full() | plan.keep()
+    removed = [graph.block(drop.block) for drop in plan.drops]
     found = {
         "params": Cost(before=count_params(dense), after=count_params(small)),
         "macs": Cost(before=count_macs(dense, batch), after=count_macs(small, batch)),
     }
     for name, cost in found.items():
-        promised = graph.costs[name].at(keep)
+        promised = graph.costs[name].gated(removed).at(keep)
         if cost.after != promised:
             raise VerificationError(
                 f"{name} are {cost.after:,}; the plan predicted {promised:,}.",

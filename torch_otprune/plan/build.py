@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from math import sqrt
 
 import torch
 from torch import nn
 
 from torch_otprune.errors import BudgetError
 from torch_otprune.plan.allocate import Choice, allocate
-from torch_otprune.plan.model import Cost, Cut, Plan, Refusal
-from torch_otprune.plan.propose import PROPOSERS, Candidate, Case
+from torch_otprune.plan.model import Cost, Cut, Drop, Plan
+from torch_otprune.plan.propose import PROPOSERS, Candidate, Case, Offer
 from torch_otprune.policy import Policy
 from torch_otprune.statistics.observation import Observation
 from torch_otprune.structure.fingerprint import fingerprint
-from torch_otprune.structure.graph import Graph
+from torch_otprune.structure.graph import CostModel, Dim, Graph, Term
 
 __all__ = ["make_plan"]
 
@@ -49,35 +48,44 @@ def make_plan(
     """
     weighting = policy.budget.weighting if policy.budget else "uniform"
     case = Case(model, policy, graph, observation, weighting, banned or {})
-    candidates, refused = _offers(case)
-    limits = _limits(policy, graph)
+    offer = _offers(case)
+    candidates = offer.candidates
+    costs, dense = _costs(graph, offer)
     choices = [Choice(c.name, c.curve, c.widths) for c in candidates]
     choices += _whole(graph, {c.name for c in candidates})
-    found = allocate(choices, costs=graph.costs, limits=limits)
-    cuts = [_cut(c, found.keep[c.name]) for c in candidates if found.keep[c.name] < c.units]
-    if not cuts:
+    found = allocate(choices, costs=costs, limits=_limits(policy, costs, dense))
+    made = [c.decide(found.keep[c.name]) for c in candidates if found.keep[c.name] < c.units]
+    if not made:
         raise BudgetError(
             "nothing would be removed.",
             where=_where(policy, candidates),
             fix="lower the budget or a rule's keep, or drop multiple_of and min_keep.",
         )
-    after = graph.full() | {cut.group: len(cut.keep) for cut in cuts}
-    costs = {
-        name: Cost(before=cost.at(graph.full()), after=cost.at(after))
-        for name, cost in graph.costs.items()
-    }
-    return Plan(
+    drops = tuple(d for d in made if isinstance(d, Drop))
+    plan = Plan(
         policy=policy,
         fingerprint=fingerprint(model),
         calibration=observation.hash(),
         samples=observation.samples,
-        cuts=tuple(cuts),
-        refused=tuple(refused),
-        params=costs["params"],
-        macs=costs["macs"],
+        cuts=tuple(c for c in made if isinstance(c, Cut)),
+        drops=drops,
+        refused=offer.refused,
+        params=Cost(before=0, after=0),
+        macs=Cost(before=0, after=0),
         notes=(*found.notes, *_stuck(policy, candidates), *_thin(observation)),
         versions=_versions(),
     )
+    after = dense | plan.keep()
+    counted = {m: Cost(before=c.at(dense), after=c.at(after)) for m, c in costs.items()}
+    return plan.model_copy(update=counted)
+
+
+def _costs(graph: Graph, offer: Offer) -> tuple[dict[str, CostModel], dict[str, int]]:
+    """Add the blocks on offer to the costs, and a measure that counts them."""
+    costs = {name: cost.gated(offer.blocks) for name, cost in graph.costs.items()}
+    count = tuple(Term(b.name, 1, (Dim(0, ((b.name, 1),)),)) for b in offer.blocks)
+    costs["layers"] = CostModel("layers", count)
+    return costs, graph.full() | {block.name: 1 for block in offer.blocks}
 
 
 def _thin(observation: Observation) -> list[str]:
@@ -88,13 +96,13 @@ def _thin(observation: Observation) -> list[str]:
     return [f"{seen}: what holds on them may not hold on other data"]
 
 
-def _stuck(policy: Policy, candidates: list[Candidate]) -> list[str]:
+def _stuck(policy: Policy, candidates: Sequence[Candidate]) -> list[str]:
     """Say which groups a rule's own numbers leave whole."""
     return [
         f"group '{c.name}' stays whole: min_keep and multiple_of of rules[{c.rule}] allow "
         f"{c.units} units no smaller width"
         for c in candidates
-        if c.widths == (c.units,) and not _wants_all(policy, c.rule)
+        if c.widths == (c.units,) and c.units > 1 and not _wants_all(policy, c.rule)
     ]
 
 
@@ -109,41 +117,28 @@ def _whole(graph: Graph, offered: set[str]) -> list[Choice]:
     return [Choice(g.name, torch.zeros(g.units + 1, dtype=torch.float64), (g.units,)) for g in rest]
 
 
-def _offers(case: Case) -> tuple[list[Candidate], list[Refusal]]:
-    candidates: list[Candidate] = []
-    refused: list[Refusal] = []
+def _offers(case: Case) -> Offer:
+    found = Offer(())
     for kind, proposer in PROPOSERS.items():
         rules = {i: rule for i, rule in enumerate(case.policy.rules) if type(rule) is kind}
         if rules:
-            offer = proposer(case, rules)
-            candidates += offer.candidates
-            refused += offer.refused
-    return candidates, refused
+            more = proposer(case, rules)
+            found = Offer(
+                (*found.candidates, *more.candidates),
+                (*found.refused, *more.refused),
+                (*found.blocks, *more.blocks),
+            )
+    return found
 
 
-def _limits(policy: Policy, graph: Graph) -> dict[str, int]:
-    dense = graph.full()
+def _limits(
+    policy: Policy, costs: Mapping[str, CostModel], dense: Mapping[str, int]
+) -> dict[str, int]:
     named = policy.budget.limits if policy.budget else {}
-    return {name: amount.of(graph.costs[name].at(dense)) for name, amount in named.items()}
+    return {name: amount.of(costs[name].at(dense)) for name, amount in named.items()}
 
 
-def _cut(candidate: Candidate, size: int) -> Cut:
-    keep = candidate.choose(size)
-    lost = float(f"{sqrt(max(float(candidate.curve[size]), 0.0)):.3e}")
-    felt = f"dropping {candidate.units - size} moves {candidate.moves} by {lost:.2%}"
-    return Cut(
-        group=candidate.name,
-        rule=candidate.rule,
-        units=candidate.units,
-        keep=tuple(keep.tolist()),
-        criterion=candidate.criterion,
-        error=lost,
-        reason=f"{candidate.criterion}: {felt}",
-        slices=candidate.spell(keep),
-    )
-
-
-def _where(policy: Policy, candidates: list[Candidate]) -> str:
+def _where(policy: Policy, candidates: Sequence[Candidate]) -> str:
     rules = "; ".join(f"rules[{i}] {r.kind}" for i, r in enumerate(policy.rules))
     return f"Policy ({rules}); groups: {', '.join(c.name for c in candidates) or 'none'}"
 

@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from torch_otprune.errors import PlanError
 from torch_otprune.policy import Policy
+from torch_otprune.structure.graph import Swap
 
-__all__ = ["Cost", "Cut", "Plan", "Refusal", "Slice"]
+__all__ = ["Cost", "Cut", "Drop", "Plan", "Refusal", "Slice"]
 
 
 class _Frozen(BaseModel):
@@ -42,8 +43,20 @@ class Cut(_Frozen):
     slices: tuple[Slice, ...] = Field(description="the same cut, module by module")
 
 
+class Drop(_Frozen):
+    """One removed block: what stands in for it, why it goes, and what that is predicted to cost."""
+
+    block: str = Field(description="path of the removed module")
+    rule: int = Field(ge=0, description="index of the rule in the policy that decided it")
+    criterion: str = Field(description="what ranked the blocks")
+    replace: str = Field(description="the replacement")
+    reason: str = Field(description="one sentence")
+    error: float = Field(ge=0, description="predicted change, in the unit that `reason` names")
+    swaps: tuple[Swap, ...] = Field(min_length=1, description="the same, module by module")
+
+
 class Refusal(_Frozen):
-    """Channels that cannot be cut, and why."""
+    """Channels or blocks that cannot go, and why."""
 
     group: str
     reason: str
@@ -76,9 +89,14 @@ class Plan(_Frozen):
     calibration: str = Field(description="hash of the statistics that decided, or `none`")
     samples: int = Field(ge=0, description="calibration samples seen")
     cuts: tuple[Cut, ...]
+    drops: tuple[Drop, ...] = ()
     refused: tuple[Refusal, ...] = ()
     params: Cost
     macs: Cost
+    layers: Cost = Field(default=Cost(before=0, after=0), description="of the blocks on offer")
+    compacted: tuple[str, ...] = Field(
+        default=(), description="list entries that are taken out, so that the later ones move up"
+    )
     notes: tuple[str, ...] = Field(default=(), description="what the allocation wants you to know")
     versions: dict[str, str] = Field(default_factory=dict)
 
@@ -123,8 +141,9 @@ class Plan(_Frozen):
             ) from error
 
     def keep(self) -> dict[str, int]:
-        """Count the kept units of every cut group."""
-        return {cut.group: len(cut.keep) for cut in self.cuts}
+        """Count the kept units of every cut group; a removed block keeps none."""
+        kept = {cut.group: len(cut.keep) for cut in self.cuts}
+        return kept | {drop.block: 0 for drop in self.drops}
 
     def __str__(self) -> str:
         """Print every cut, its reason and its price, then the totals."""
@@ -136,12 +155,14 @@ def _table(plan: Plan) -> str:
     rows += [
         (c.group, str(c.units), str(len(c.keep)), f"{c.error:.2%}", c.reason) for c in plan.cuts
     ]
+    rows += [(d.block, "block", "0", f"{d.error:.2%}", d.reason) for d in plan.drops]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
         for row in rows
     ]
-    for name, cost in (("params", plan.params), ("macs", plan.macs)):
+    costs = [("params", plan.params), ("macs", plan.macs), ("layers", plan.layers)]
+    for name, cost in costs if plan.layers.before else costs[:2]:
         lines.append(f"{name}: {cost.before:,} -> {cost.after:,} ({cost.ratio:.1%} kept)")
     lines += [f"refused {r.group}: {r.reason}" for r in plan.refused]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])

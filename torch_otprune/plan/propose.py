@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import sqrt
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from torch_otprune.criteria.base import Criterion, Ranking
 from torch_otprune.errors import StructureError, TargetError
-from torch_otprune.plan.model import Refusal, Slice
+from torch_otprune.plan.model import Cut, Drop, Refusal
 from torch_otprune.plan.price import dropped, repaired, weighted
 from torch_otprune.plan.slices import slices
 from torch_otprune.policy import Channels, Policy, Rule, match, module_classes, owner
 from torch_otprune.statistics.evidence import Evidence, gather
 from torch_otprune.statistics.observation import Observation
-from torch_otprune.structure.graph import Blocked, Graph, Group
+from torch_otprune.structure.graph import Block, Blocked, Graph, Group
 from torch_otprune.structure.layers import shared
 
-__all__ = ["PROPOSERS", "Candidate", "Case", "Offer", "proposes"]
+__all__ = ["PROPOSERS", "Candidate", "Case", "Offer", "felt", "proposes"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,7 @@ class Candidate:
         units: how many it has.
         curve: predicted cost by number of units kept.
         widths: allowed numbers, ascending.
-        criterion: what ranked it.
-        moves: what the curve is a share of, in words.
-        choose: the set of a size.
-        spell: a set, module by module.
+        decide: the decision for a number of kept units.
     """
 
     name: str
@@ -71,18 +69,22 @@ class Candidate:
     units: int
     curve: Float[Tensor, " sizes"]
     widths: tuple[int, ...]
-    criterion: str
-    moves: str
-    choose: Callable[[int], Int[Tensor, " kept"]]
-    spell: Callable[[Tensor], tuple[Slice, ...]]
+    decide: Callable[[int], Cut | Drop]
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a kind of rule brings to the allocation."""
+    """What a kind of rule brings to the allocation.
+
+    Args:
+        candidates: what may be made smaller.
+        refused: what may not, with reasons.
+        blocks: whole blocks among the candidates: what is inside costs nothing once they go.
+    """
 
     candidates: tuple[Candidate, ...]
     refused: tuple[Refusal, ...] = ()
+    blocks: tuple[Block, ...] = ()
 
 
 _MOVES = {"output": "the output", "uniform": "its consumers", "none": "its consumers (unscaled)"}
@@ -192,23 +194,30 @@ def _candidate(case: Case, group: Group, index: int, rule: Channels) -> Candidat
     refits = any(getattr(repair, "refits", False) for repair in rule.repair)
     curve, unit = _price(case, ranking, evidence, refits=refits)
 
-    def choose(size: int) -> Tensor:
+    def decide(size: int) -> Cut:
         nested = ranking.order[:size]
         if size < group.units:  # gathered anew: the evidence of all groups at once is large
             nested = criterion.refine(_evidence(case, group), nested)
-        return nested.sort().values
+        keep = nested.sort().values
+        lost = felt(curve, size)
+        moved = f"dropping {group.units - size} moves {_MOVES[unit]} by {lost:.2%}"
+        return Cut(
+            group=group.name,
+            rule=index,
+            units=group.units,
+            keep=tuple(keep.tolist()),
+            criterion=criterion.kind,
+            error=lost,
+            reason=f"{criterion.kind}: {moved}",
+            slices=slices(group, keep),
+        )
 
-    return Candidate(
-        name=group.name,
-        rule=index,
-        units=group.units,
-        curve=curve,
-        widths=rule.widths(group.units),
-        criterion=criterion.kind,
-        moves=_MOVES[unit],
-        choose=choose,
-        spell=lambda keep: slices(group, keep),
-    )
+    return Candidate(group.name, index, group.units, curve, rule.widths(group.units), decide)
+
+
+def felt(curve: Tensor, size: int) -> float:
+    """Read a predicted change off a curve of squares, to four digits."""
+    return float(f"{sqrt(max(float(curve[size]), 0.0)):.3e}")
 
 
 def _evidence(case: Case, group: Group) -> Evidence:

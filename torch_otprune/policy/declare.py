@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from torch_otprune.errors import PolicyError
-from torch_otprune.policy.model import Budget, Policy, Rule, RuleLike
+from torch_otprune.policy.model import Budget, Policy, RuleLike
+from torch_otprune.policy.rules import Rule
 from torch_otprune.policy.targets import Classes, match, module_classes, owner, selects
 
 __all__ = ["policy_of", "prunable"]

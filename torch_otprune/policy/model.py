@@ -11,160 +11,15 @@ from typing_extensions import Self
 
 from torch_otprune.policy.amount import Amount, AmountLike
 from torch_otprune.policy.base import Declaration, problem
-from torch_otprune.policy.registry import CRITERIA, REPAIRS, RULES, Entry, Setting
-from torch_otprune.policy.targets import check_pattern
+from torch_otprune.policy.registry import RULES, Entry
+from torch_otprune.policy.rules import Count, Layers, Patterns, Rule, listed
 from torch_otprune.policy.yaml_io import dump_yaml, load_yaml
 
-__all__ = ["Budget", "Calibration", "Channels", "Policy", "Rule"]
-
-SettingLike = str | Mapping[str, Any] | Setting
-Count = Annotated[int, Field(ge=1, strict=True)]
-
-
-def _listed(value: object) -> object:
-    """Read one entry as a list of one."""
-    return (value,) if isinstance(value, (str, Mapping, Setting)) else value
-
-
-def _units_only(value: object) -> object:
-    if isinstance(value, str) and value.strip()[-1:] in tuple("kKMGBT"):
-        raise problem(
-            f"{value!r} is no number of units.",
-            fix="write a fraction, a percentage, or a whole number of units.",
-        )
-    return value
-
-
-_Pattern = Annotated[str, BeforeValidator(check_pattern)]
-_Criterion = Annotated[Setting, Entry(CRITERIA)]
-_Repair = Annotated[Setting, Entry(REPAIRS)]
-Patterns = Annotated[
-    tuple[_Pattern, ...],
-    BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...]),
-]
-Repairs = Annotated[
-    tuple[_Repair, ...],
-    BeforeValidator(_listed, json_schema_input_type=_Repair | tuple[_Repair, ...]),
-]
-
-
-class Rule(Setting):
-    """What every kind of rule says: where it applies and how much it keeps there.
-
-    A new kind subclasses this, narrows `kind` and is decorated with `@RULES.register`;
-    `Policy`, YAML and the schema then know it.
-    """
-
-    targets: Patterns = Field(
-        default=("auto",),
-        min_length=1,
-        description="module paths, globs, `re:` patterns, class names, or `auto` for all; "
-        "a container stands for everything below it",
-    )
-    ignore: Patterns = Field(default=(), description="what the targets must not reach; same words")
-    keep: Annotated[Amount, BeforeValidator(_units_only)] | None = Field(
-        default=None,
-        description="what each target keeps: a fraction of its units, or a number of units; "
-        "null leaves it to the budget",
-    )
-    repair: Repairs = Field(
-        default=(), description="what mends the network afterwards, in this order"
-    )
-
-    @model_validator(mode="after")
-    def _reach_something(self) -> Self:
-        if set(self.targets) <= set(self.ignore) or "auto" in self.ignore:
-            raise problem(
-                f"every target of this {self.kind!r} rule is ignored.",
-                fix="remove the pattern from `ignore`, or remove the rule.",
-                key="ignore",
-            )
-        return self
-
-
-@RULES.register
-class Channels(Rule):
-    """Remove channels: of convolutions and linear layers, with all that is tied to them.
-
-    Example:
-        >>> from torch_otprune.policy import Channels
-        >>> import torch_otprune.criteria, torch_otprune.repair
-        >>> rule = Channels(targets="layer*", keep="50%", multiple_of=8)
-        >>> rule.widths(64)
-        (32,)
-    """
-
-    kind: Literal["channels"] = "channels"
-    criterion: _Criterion = Field(
-        default="transport",
-        validate_default=True,
-        description="ranks the units: a name, or a table with `kind` and settings",
-    )
-    repair: Repairs = Field(
-        default=("least_squares",),
-        validate_default=True,
-        description="what mends the consumers, in this order: names, or tables with `kind`",
-    )
-    min_keep: Count = Field(default=1, description="units every group keeps at least")
-    multiple_of: Count = Field(
-        default=1,
-        description="kept units are a multiple of this; a group too small for it stays whole",
-    )
-
-    if TYPE_CHECKING:  # what may be written is wider than what is stored
-
-        def __init__(
-            self,
-            *,
-            kind: Literal["channels"] = "channels",
-            targets: str | Iterable[str] = ("auto",),
-            ignore: str | Iterable[str] = (),
-            keep: AmountLike | None = None,
-            criterion: SettingLike = "transport",
-            repair: SettingLike | Iterable[SettingLike] = ("least_squares",),
-            min_keep: int = 1,
-            multiple_of: int = 1,
-        ) -> None: ...
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if self.keep is None or self.keep.relative:
-            return self
-        keep = self.keep.value
-        if keep < self.min_keep:
-            raise problem(
-                f"keep is {keep} units, but min_keep is {self.min_keep}.",
-                fix="lower min_keep or raise keep.",
-                key="keep",
-            )
-        if keep % self.multiple_of:
-            raise problem(
-                f"keep is {keep} units, which is no multiple of multiple_of = {self.multiple_of}.",
-                fix="choose a keep that is a multiple, or drop multiple_of.",
-                key="keep",
-            )
-        return self
-
-    def widths(self, units: int) -> tuple[int, ...]:
-        """List how many units a group may keep under this rule.
-
-        Args:
-            units: how many the group has.
-
-        Returns:
-            ascending counts; without `keep` the last is all of them, with `keep` there is
-            one: the nearest that `min_keep` and `multiple_of` allow.
-        """
-        step = self.multiple_of
-        allowed = [k for k in range(step, units, step) if k >= self.min_keep] + [units]
-        if self.keep is None:
-            return tuple(allowed)
-        wanted = self.keep.of(units)
-        return (min(allowed, key=lambda width: (abs(width - wanted), width)),)
+__all__ = ["Budget", "Calibration", "Policy"]
 
 
 class Budget(Declaration):
-    """What the whole model keeps; with two measures, both must hold.
+    """What the whole model keeps; with several measures, all must hold.
 
     Example:
         >>> Budget(macs="50%", params="1.2M").macs
@@ -179,6 +34,11 @@ class Budget(Declaration):
         description="multiply-accumulates of one forward pass on the example kept at most: "
         "a fraction of all, or a count (1 MAC = 2 FLOPs)",
     )
+    layers: Amount | None = Field(
+        default=None,
+        description="layers kept at most, of those that a `layers` rule may remove: a fraction, "
+        "or a count",
+    )
     weighting: Literal["output", "uniform", "none"] = Field(
         default="output",
         description="what an error at a layer weighs: `output`, how much the network's output "
@@ -192,19 +52,20 @@ class Budget(Declaration):
             *,
             params: AmountLike | None = None,
             macs: AmountLike | None = None,
+            layers: AmountLike | None = None,
             weighting: Literal["output", "uniform", "none"] = "output",
         ) -> None: ...
 
     @property
     def limits(self) -> dict[str, Amount]:
         """Collect the measures that are limited, by name."""
-        named = {"params": self.params, "macs": self.macs}
+        named = {"params": self.params, "macs": self.macs, "layers": self.layers}
         return {name: amount for name, amount in named.items() if amount is not None}
 
     @model_validator(mode="after")
     def _limit_something(self) -> Self:
         if not self.limits:
-            raise problem("this budget limits nothing.", fix="give `macs` or `params`.")
+            raise problem("this budget limits nothing.", fix="give `macs`, `params` or `layers`.")
         return self
 
 
@@ -239,7 +100,7 @@ RuleLike = str | Mapping[str, Any] | Rule
 _Rule = Annotated[Rule, Entry(RULES)]
 Rules = Annotated[
     tuple[_Rule, ...],
-    BeforeValidator(_listed, json_schema_input_type=_Rule | tuple[_Rule, ...]),
+    BeforeValidator(listed, json_schema_input_type=_Rule | tuple[_Rule, ...]),
 ]
 
 
@@ -275,18 +136,24 @@ class Policy(Declaration):
 
     @model_validator(mode="after")
     def _remove_something(self) -> Self:
-        limits = self.budget.limits.values() if self.budget else ()
+        limits = self.budget.limits if self.budget else {}
         if all(rule.keep and rule.keep.everything for rule in self.rules):
             raise problem(
                 "nothing would be pruned: every rule keeps 100 %.",
                 fix="lower the `keep` of a rule, or drop it and leave the choice to a budget.",
                 key="rules",
             )
-        asked = [*limits, *(rule.keep for rule in self.rules if rule.keep)]
-        if all(amount.everything for amount in asked):
+        asked = any(rule.asks for rule in self.rules)
+        if not asked and all(amount.everything for amount in limits.values()):
             raise problem(
                 "nothing would be pruned: no rule has a `keep` and no budget asks for less.",
                 fix="give a rule a `keep`, or the policy a budget such as Budget(macs='50%').",
+                key="budget",
+            )
+        if "layers" in limits and not any(isinstance(rule, Layers) for rule in self.rules):
+            raise problem(
+                "the budget limits layers, and no rule may remove any.",
+                fix="add a rule such as Layers(), or limit `macs` or `params`.",
                 key="budget",
             )
         return self

@@ -14,7 +14,17 @@ from pydantic_core import CoreSchema, core_schema
 from torch_otprune.errors import PolicyError
 from torch_otprune.policy.base import Declaration, nearest, problem, short, translated
 
-__all__ = ["CRITERIA", "REPAIRS", "RULES", "Entry", "Setting", "Table"]
+__all__ = [
+    "CRITERIA",
+    "LAYER_CRITERIA",
+    "PENALTIES",
+    "REPAIRS",
+    "REPLACEMENTS",
+    "RULES",
+    "Entry",
+    "Setting",
+    "Table",
+]
 
 
 class Setting(Declaration):
@@ -64,7 +74,10 @@ class Table(Generic[S]):
     @property
     def plural(self) -> str:
         """Name several entries."""
-        return "criteria" if self.noun == "criterion" else f"{self.noun}s"
+        for one, many in (("criterion", "criteria"), ("penalty", "penalties")):
+            if self.noun.endswith(one):
+                return self.noun.removesuffix(one) + many
+        return f"{self.noun}s"
 
     def register(self, cls: type[T]) -> type[T]:
         """Add a class under the default of its `kind`.
@@ -210,5 +223,8 @@ def _dump(value: Setting, info: core_schema.SerializationInfo) -> dict[str, Any]
 
 
 CRITERIA: Table[Setting] = Table("criterion", home="torch_otprune.criteria")
+LAYER_CRITERIA: Table[Setting] = Table("layer criterion", home="torch_otprune.criteria.layers")
 REPAIRS: Table[Setting] = Table("repair", home="torch_otprune.repair")
+REPLACEMENTS: Table[Setting] = Table("replacement", home="torch_otprune.repair.replace")
+PENALTIES: Table[Setting] = Table("penalty", home="torch_otprune.training")
 RULES: Table[Setting] = Table("rule")

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from torch_otprune.criteria.base import Need
-from torch_otprune.plan.model import Cut
-from torch_otprune.policy.registry import REPAIRS, Setting
+from torch_otprune.plan.model import Cut, Drop
+from torch_otprune.plan.replacement import Replacement
+from torch_otprune.policy.registry import REPAIRS, REPLACEMENTS, Setting
 from torch_otprune.repair.lockstep import Pause, Site
 from torch_otprune.statistics.patches import output_rows, supported
 from torch_otprune.structure.graph import Graph
@@ -27,6 +28,7 @@ from torch_otprune.structure.layers import (
     tensor,
 )
 from torch_otprune.surgery.cut import merged, put_
+from torch_otprune.surgery.exchange import gone
 
 __all__ = ["Note", "Patient", "Repair", "register"]
 
@@ -69,6 +71,8 @@ class Patient:
         graph: the original's analysis.
         cuts: what is to be repaired.
         every: all that was cut.
+        drops: blocks that were taken out, and are to be made up for.
+        gone: all blocks that were taken out.
         batches: calibration batches; may be empty for repairs that need none.
         seed: the policy's seed.
         progress: told the stage, the steps done and the steps in all.
@@ -80,6 +84,8 @@ class Patient:
     cuts: Sequence[Cut]
     every: Sequence[Cut]
     batches: Sequence[Any]
+    drops: Sequence[Drop] = ()
+    gone: Sequence[Drop] = ()
     seed: int = 0
     progress: Callable[[str, int, int], None] = field(default=_quiet)
 
@@ -91,6 +97,38 @@ class Patient:
     @cached_property
     def _shared(self) -> frozenset[str]:
         return shared(self.small)
+
+    @cached_property
+    def aims(self) -> dict[str, str]:
+        """Map each layer in front of removed blocks to the last of them that wrote to its stream.
+
+        Only where the block's replacement says that the layer in front stands in for it.
+        """
+        standing = [d for d in self.drops if _aims(d)]
+        found: dict[str, str] = {}
+        front: str | None = None
+        for path in self.graph.order:
+            tail = self.graph.tails.get(path)
+            if tail is None or not tail.added:
+                continue
+            if not gone(self.gone, path):
+                front = path
+            elif front is not None and gone(standing, path) and self._alike(front, path):
+                found[front] = path
+        return {a: b for a, b in found.items() if not self.unfit(a)}
+
+    def _alike(self, front: str, behind: str) -> bool:
+        """Tell whether two layers write streams of one width with one kind of norm behind."""
+        widths = [channels(self.dense.get_submodule(p), "out") for p in (front, behind)]
+        return widths[0] == widths[1] and (
+            (front in self.graph.norms) == (behind in self.graph.norms)
+        )
+
+    def site(self, path: str) -> Site:
+        """Describe where to stop for a layer, and what it is to write."""
+        aim = self.aims.get(path)
+        tails = self.graph.tails
+        return Site(path, tails[path], None if aim is None else (aim, tails[aim]))
 
     def kept(self, path: str) -> Tensor | None:
         """List the output channels that a layer kept; None where all did."""
@@ -150,6 +188,8 @@ class Patient:
             rows in float64, one column per output channel that the layer kept.
         """
         module = self.small.get_submodule(site.path)
+        if site.aim is not None:
+            return self._aimed(site, dense, small, at)
         assert dense.output is not None
         y = output_rows(module, dense.output, at).double()
         kept = self.kept(site.path)
@@ -163,6 +203,17 @@ class Patient:
         if moved.shape != dense.output.shape:  # a broadcast stream
             return y
         return y + output_rows(module, moved, at) * gain
+
+    def _aimed(self, site: Site, dense: Pause, small: Pause, at: Tensor) -> Tensor:
+        """Say what a layer should write so that its stream is the dense one behind the gap."""
+        module, gain = self.small.get_submodule(site.path), self._gain(site.path)
+        assert small.stream is not None
+        assert small.written is not None
+        y = output_rows(module, small.output, at).double()
+        if gain is None or dense.stream is None or dense.written is None:
+            return y
+        wanted = dense.stream.double() + dense.written.double() - small.stream.double()
+        return y + output_rows(module, wanted - small.written.double(), at) * gain
 
     def _gain(self, path: str) -> Tensor | float | None:
         """Undo the scale of the batch-norm between a layer and the stream, if there is just one.
@@ -182,6 +233,11 @@ class Patient:
             scale = scale * norm.weight.detach().double()
         floor = 1e-3 * scale.abs().max()
         return torch.where(scale.abs() > floor, 1 / scale, torch.zeros_like(scale))
+
+
+def _aims(drop: Drop) -> bool:
+    kind = REPLACEMENTS[drop.replace]
+    return issubclass(kind, Replacement) and kind.aims
 
 
 class Repair(Setting, ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar, Literal
@@ -18,6 +19,7 @@ from torch_otprune.statistics.patches import columns, full_weight, pick, positio
 from torch_otprune.statistics.reduce import all_sum_
 from torch_otprune.structure.layers import Conv, channels, tensor
 from torch_otprune.surgery.cut import put_
+from torch_otprune.surgery.exchange import gone
 
 __all__ = ["LeastSquares"]
 
@@ -68,8 +70,9 @@ class LeastSquares(Repair):
         return tuple(notes)
 
     def _sites(self, patient: Patient) -> tuple[list[Site], list[Note]]:
-        order = patient.graph.order
+        order = [path for path in patient.graph.order if not gone(patient.gone, path)]
         hit = {s.path for c in patient.cuts for s in c.slices if s.side == "in"}
+        hit |= patient.aims.keys() | _behind(patient, order)
         names = {c.group for c in patient.cuts}
         # what only other rules' cuts touch is theirs to repair, or to leave
         foreign = {s.path for c in patient.every if c.group not in names for s in c.slices}
@@ -80,8 +83,18 @@ class LeastSquares(Repair):
             if why := patient.unfit(path):
                 notes.append(Note(self.kind, path, None, None, accepted=False, text=why))
             else:
-                sites.append(Site(path, patient.graph.tails[path]))
+                sites.append(patient.site(path))
         return sites, notes
+
+
+def _behind(patient: Patient, order: Sequence[str]) -> set[str]:
+    """Name the first layer behind every removed block."""
+    every = patient.graph.order
+    found = set()
+    for drop in patient.drops:
+        inside = [i for i, path in enumerate(every) if gone([drop], path)]
+        found |= set([p for p in every[max(inside, default=len(every)) :] if p in order][:1])
+    return found
 
 
 @dataclass

@@ -36,10 +36,13 @@ class Site:
     Args:
         path: the layer.
         tail: what its output passes next.
+        aim: the layer of the dense model whose stream it is to write, and its tail; its own where
+            None.
     """
 
     path: str
     tail: Tail
+    aim: tuple[str, Tail] | None = None
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Pause:
         path: the site.
         inputs: the layer's input.
         output: what the module returned, before the tail; None before it ran.
+        written: the same behind the tail, as it is added; None where it is not added.
         stream: what the tail's output is about to be added to; None where it is not added.
         call: all arguments, where the module has not run yet.
     """
@@ -59,6 +63,7 @@ class Pause:
     output: Any = None
     stream: Tensor | None = None
     call: Call | None = None
+    written: Tensor | None = None
 
 
 class Lockstep:
@@ -241,9 +246,12 @@ class _Cast:
 
     def attach(self) -> None:
         for site in self.sites:
-            module = self.model.get_submodule(site.path)
-            if site.tail.added:
-                ends = site.tail.modules[-1:] or (site.path,)
+            path, tail = site.path, site.tail
+            if site.aim is not None and not self.wait:
+                path, tail = site.aim
+            module = self.model.get_submodule(path)
+            if tail.added:
+                ends = tail.modules[-1:] or (path,)
                 note = _Note(self, site)
                 self.handles.append(module.register_forward_hook(note, with_kwargs=True))
                 last = self.model.get_submodule(ends[0])
@@ -323,7 +331,8 @@ class _Additions(TorchFunctionMode):
         other = operands[1] if operands[0] is out else operands[0]
         # A shortcut that is mended next is no stream to make up for yet.
         waits = any(other is later for later, _ in cast.here.expected.values())
-        self.walker.stop(Pause(site.path, inputs, before, None if waits else other))
+        stream = None if waits else other
+        self.walker.stop(Pause(site.path, inputs, before, stream, written=out))
         if cast.wait:  # into the operand itself: an addition in place must find it there
             out.copy_(cast.again(site, inputs))
 

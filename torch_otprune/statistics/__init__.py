@@ -2,14 +2,17 @@
 
 from torch_otprune.statistics.blame import blame, finite
 from torch_otprune.statistics.data import check_batch, collect, rebatched
+from torch_otprune.statistics.depth import ChainEvidence, SiteEvidence
 from torch_otprune.statistics.evidence import Consumer, Evidence, gather
 from torch_otprune.statistics.moments import Moments
 from torch_otprune.statistics.observation import Observation, conclude
 from torch_otprune.statistics.recorder import Recorder, check_memory, consumers, quote
 from torch_otprune.statistics.reservoir import Reservoir
 from torch_otprune.statistics.sensitivity import Sensitivity, sense
+from torch_otprune.statistics.stream import listen
 
 __all__ = [
+    "ChainEvidence",
     "Consumer",
     "Evidence",
     "Moments",
@@ -17,6 +20,7 @@ __all__ = [
     "Recorder",
     "Reservoir",
     "Sensitivity",
+    "SiteEvidence",
     "blame",
     "check_batch",
     "check_memory",
@@ -25,6 +29,7 @@ __all__ = [
     "consumers",
     "finite",
     "gather",
+    "listen",
     "quote",
     "rebatched",
     "sense",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_otprune.statistics.depth import ChainEvidence
 from torch_otprune.statistics.moments import Moments
 from torch_otprune.statistics.patches import columns, full_weight, supported
 from torch_otprune.statistics.recorder import Recorder
@@ -17,9 +18,9 @@ from torch_otprune.statistics.reduce import all_sum_, ranks
 from torch_otprune.statistics.sensitivity import Sensitivity, sense
 from torch_otprune.structure.layers import channels, tensor
 
-__all__ = ["Observation", "conclude"]
+__all__ = ["DRAWS", "Observation", "conclude"]
 
-_DRAWS = 4
+DRAWS = 4
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,24 @@ class Observation:
         moments: second moments of their inputs.
         sensitivity: what the output feels; None where nobody asked.
         samples: calibration samples seen, over all ranks.
+        chains: what flows between blocks that may go, by the first block of each run.
     """
 
     moments: Mapping[str, Moments]
     sensitivity: Sensitivity | None
     samples: int
+    chains: Mapping[str, ChainEvidence] = field(default_factory=dict)
+
+    def chain(self, names: Sequence[str]) -> ChainEvidence:
+        """Look up what is known about blocks that follow one another.
+
+        Args:
+            names: blocks in order.
+
+        Returns:
+            the evidence about these alone.
+        """
+        return next(c for c in self.chains.values() if names[0] in c.blocks).part(names)
 
     def hash(self) -> str:
         """Fingerprint the data by four digits of every consumer's mean square.
@@ -42,9 +56,12 @@ class Observation:
         Returns:
             16 hexadecimal digits; `none` where nothing was observed.
         """
-        if not self.moments:
+        if not self.moments and not self.chains:
             return "none"
         lines = [f"{self.samples}"]
+        for name in sorted(self.chains):
+            powers = self.chains[name].points.square().mean((1, 2)).tolist()
+            lines.append(f"{name} {' '.join(f'{power:.3e}' for power in powers)}")
         for path in sorted(self.moments):
             found = self.moments[path]
             lines.append(f"{path} {found.count} {float(found.second(centred=False).trace()):.3e}")
@@ -57,6 +74,7 @@ def conclude(
     probes: Sequence[Any],
     paths: Sequence[str],
     *,
+    chains: Mapping[str, ChainEvidence],
     samples: int,
     feel: bool,
     seed: int,
@@ -71,6 +89,7 @@ def conclude(
         recorder: what the hooks gathered; left as it was.
         probes: a few batches for the sensitivity.
         paths: the consumers.
+        chains: what flows between blocks, summed up already.
         samples: samples this rank saw.
         feel: whether the sensitivity is wanted.
         seed: the policy's seed.
@@ -84,10 +103,10 @@ def conclude(
     found = None
     if feel and total:
         centres = {path: _centre(model, path, moments) for path in paths}
-        found = sense(model, centres, probes, draws=_DRAWS, seed=seed)
+        found = sense(model, centres, probes, draws=DRAWS, seed=seed)
         if ranks() > 1:
             _sum_sensitivity_(model, found)
-    return Observation(dict(moments), found, total)
+    return Observation(dict(moments), found, total, chains)
 
 
 def _summed(model: nn.Module, recorder: Recorder, samples: int) -> tuple[dict[str, Moments], int]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_sum_", "first_rank_", "rank", "ranks", "ranks_where", "share"]
+__all__ = ["all_rows", "all_sum_", "first_rank_", "rank", "ranks", "ranks_where", "share"]
 
 
 def ranks() -> int:
@@ -55,6 +55,26 @@ def all_sum_(tensors: Iterable[Tensor]) -> None:
             there = _carried(tensor)
             dist.all_reduce(there)
             _write_(tensor, there)
+
+
+def all_rows(tensor: Tensor) -> Tensor:
+    """Put the rows of all ranks below one another, the first rank's first.
+
+    Args:
+        tensor: rows x columns; every rank may have another number of rows.
+
+    Returns:
+        all rows, the same on every rank, in the type that was given.
+    """
+    counts = torch.zeros(ranks(), dtype=torch.float64, device="cpu")
+    counts[rank()] = len(tensor)
+    all_sum_([counts])
+    sizes = [int(count) for count in counts.tolist()]
+    first = sum(sizes[: rank()])
+    every = torch.zeros(sum(sizes), tensor.shape[1], dtype=torch.float64, device="cpu")
+    every[first : first + len(tensor)] = tensor.double().cpu()
+    all_sum_([every])
+    return every.to(tensor.dtype)
 
 
 def first_rank_(tensors: Iterable[Tensor]) -> None:

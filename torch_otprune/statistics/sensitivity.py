@@ -22,7 +22,7 @@ from torch_otprune.structure.forward import (
 )
 from torch_otprune.structure.graph import Side
 
-__all__ = ["Sensitivity", "sense"]
+__all__ = ["Sensitivity", "chunks", "gradients", "sense", "signs"]
 
 _CHUNK = 16  # samples whose activations are alive at once
 
@@ -97,14 +97,22 @@ def sense(
     Source: Hutchinson 1990 for the estimator; ours for its use as a layer weight.
     """
     found = Sensitivity(centres, draws)
-    with outside_inference(), evaluating(model), _gradients(model):
+    with outside_inference(), evaluating(model), gradients(model):
         for batch in batches:
-            for piece in _chunks(batch):
+            for piece in chunks(batch):
                 _probe(model, found, piece, centres, draws=draws, seed=seed)
     return found
 
 
-def _chunks(batch: Any) -> Iterator[Any]:
+def chunks(batch: Any) -> Iterator[Any]:
+    """Cut a batch into pieces so small that gradients through the whole network fit.
+
+    Args:
+        batch: as for `run`.
+
+    Yields:
+        batches of at most 16 samples.
+    """
     size = batch_size(batch)
     for start in range(0, size, _CHUNK):
         stop = start + _CHUNK
@@ -114,8 +122,15 @@ def _chunks(batch: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _gradients(model: nn.Module) -> Iterator[None]:
-    """Let gradients reach every layer; parameters keep their own `grad` and flag."""
+def gradients(model: nn.Module) -> Iterator[None]:
+    """Let gradients reach every layer; parameters keep their own `grad` and flag.
+
+    Args:
+        model: any module.
+
+    Yields:
+        nothing.
+    """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for parameter, _ in flags:
@@ -151,18 +166,26 @@ def _probe(
         return
     generator = torch.Generator("cpu").manual_seed(seed)
     for draw in range(draws):
-        signs = [_signs(t, generator) for t in outputs]
-        gradients = torch.autograd.grad(
-            outputs, points, signs, retain_graph=draw + 1 < draws, allow_unused=True
+        drawn = [signs(t, generator) for t in outputs]
+        slopes = torch.autograd.grad(
+            outputs, points, drawn, retain_graph=draw + 1 < draws, allow_unused=True
         )
-        for (path, axis, x, z), dx, dz in zip(calls, gradients[::2], gradients[1::2], strict=True):
+        for (path, axis, x, z), dx, dz in zip(calls, slopes[::2], slopes[1::2], strict=True):
             if dx is not None and dz is not None:
                 rows = [_rows(t, axis) for t in (x, z, dx, dz)]
                 _collect(found, path, rows, centres[path])
 
 
-def _signs(output: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one sign per output element, the same for every sample: batches must not matter."""
+def signs(output: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one sign per output element, the same for every sample: batches must not matter.
+
+    Args:
+        output: samples first.
+        generator: of the draw.
+
+    Returns:
+        signs of the output's shape and type.
+    """
     shape = output.shape[1:] if output.dim() else output.shape
     signs = torch.randint(0, 2, shape, generator=generator, device="cpu") * 2 - 1
     return signs.to(output).expand_as(output)

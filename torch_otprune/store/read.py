@@ -14,7 +14,7 @@ from torch_otprune.errors import LoadError, OTPruneError
 from torch_otprune.store.files import PLAN, WEIGHTS, Saved, digest, format_of, transient
 from torch_otprune.store.plans import remember
 from torch_otprune.structure.fingerprint import fingerprint, layout
-from torch_otprune.surgery import cut_
+from torch_otprune.surgery import cut_, exchange_, take_out_
 
 __all__ = ["load"]
 
@@ -40,6 +40,8 @@ def load(directory: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Modul
     model = _build(factory)
     _check_dense(model, saved)
     cut_(model, saved.plan.cuts)
+    exchange_(model, saved.plan.drops)
+    take_out_(model, saved.plan.compacted)
     _check_pruned(model, saved)
     _fill_(model, tensors, saved)
     for path, module in model.named_modules():

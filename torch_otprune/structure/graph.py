@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["Blocked", "CostModel", "Dim", "Graph", "Group", "Member", "Side", "Tail", "Term"]
+__all__ = [
+    "Block",
+    "Blocked",
+    "CostModel",
+    "Dim",
+    "Graph",
+    "Group",
+    "Member",
+    "Side",
+    "Swap",
+    "Tail",
+    "Term",
+    "Wiring",
+]
 
 Side = Literal["out", "in", "through"]
+Wiring = str | tuple[str | int | None, ...]
+"""How a module returns its stream: `tensor`, or a tuple with `x` in its place; its other entries
+are None, or the position or keyword of an input that is handed through."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,60 @@ class Blocked:
     modules: tuple[str, ...]
     reason: str
     fix: str
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A module that makes way when a block goes.
+
+    Args:
+        path: the module.
+        by: what stands in for it: `skip` hands its input on, `zero` writes zeros, `scale` and
+            `low_rank` write a cheap map of the input.
+        wiring: how it returns.
+        size: channels of what it writes.
+        axis: where they are.
+        rank: of a `low_rank` map.
+    """
+
+    path: str
+    by: Literal["skip", "zero", "scale", "low_rank"]
+    wiring: Wiring = "tensor"
+    size: int = 0
+    axis: int = 1
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers that can be taken out whole: what they write has the shape of what they read.
+
+    Args:
+        name: the module that goes; of a branch, the module whose output is added to the stream.
+        kind: `block`, a module from its input to its output; `branch`, what is added to a stream.
+        level: `layer` for what `auto` offers, `part` for what is inside of one or around several.
+        chain: name of the first of the blocks that follow one another directly.
+        place: position in the chain, from 0.
+        swaps: the modules that make way.
+        channels: of the stream.
+        axis: where they are.
+        joint: of a branch, number of the addition that joins it to its stream among all
+            additions of two tensors, and which operand the stream is; None for a block.
+    """
+
+    name: str
+    kind: Literal["block", "branch"]
+    level: Literal["layer", "part"]
+    chain: str
+    place: int
+    swaps: tuple[Swap, ...]
+    channels: int
+    axis: int
+    joint: tuple[int, int] | None = None
+
+    def holds(self, path: str) -> bool:
+        """Tell whether a module goes with the block."""
+        return any(path == s.path or path.startswith(f"{s.path}.") for s in self.swaps)
 
 
 @dataclass(frozen=True)
@@ -140,6 +210,22 @@ class CostModel:
         """
         return sum(term.at(keep) for term in self.terms)
 
+    def gated(self, blocks: Iterable[Block]) -> CostModel:
+        """Make what blocks cost depend on whether they stay: a width of one or none.
+
+        Args:
+            blocks: what may go.
+
+        Returns:
+            the same cost with a further axis, named after the block, in each of its terms.
+        """
+        gates = [(block, Dim(0, ((block.name, 1),))) for block in blocks]
+        terms = (
+            replace(t, dims=(*(gate for b, gate in gates if b.holds(t.owner)), *t.dims))
+            for t in self.terms
+        )
+        return CostModel(self.measure, tuple(terms))
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -152,6 +238,9 @@ class Graph:
         order: linear layers in order of execution.
         repeated: layers that run more than once per forward pass.
         costs: one cost model per measure.
+        blocks: what can be taken out whole, in order of execution.
+        stuck: what looks like a block and cannot go, with reasons.
+        norms: linear layer to the layer-norm that alone reads the sum its output is added to.
     """
 
     groups: tuple[Group, ...]
@@ -160,10 +249,17 @@ class Graph:
     order: tuple[str, ...]
     repeated: frozenset[str] = frozenset()
     costs: Mapping[str, CostModel] = field(default_factory=dict)
+    blocks: tuple[Block, ...] = ()
+    stuck: tuple[Blocked, ...] = ()
+    norms: Mapping[str, str] = field(default_factory=dict)
 
     def group(self, name: str) -> Group:
         """Look a group up by its name."""
         return next(group for group in self.groups if group.name == name)
+
+    def block(self, name: str) -> Block:
+        """Look a block up by its name."""
+        return next(block for block in self.blocks if block.name == name)
 
     def full(self) -> dict[str, int]:
         """Count all units of every group: the dense widths."""

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from torch_otprune.errors import OTPruneError, StructureError
+from torch_otprune.structure.blocks import find_blocks, norms_of_sums
 from torch_otprune.structure.costs import cost_models
 from torch_otprune.structure.depgraph import Component, components
+from torch_otprune.structure.flow import flow
 from torch_otprune.structure.forward import first_line, map_tensors, outside_inference, shapes
 from torch_otprune.structure.graph import Blocked, Graph, Group, Member, Side
 from torch_otprune.structure.layers import bare_axis, channels
@@ -44,11 +46,23 @@ def trace(model: nn.Module, example: Any) -> Graph:
         notes = _probe(model, example)
         _check_unchanged(model, before)
         found = components(model, example)
+        ops = flow(model, example)
+    blocks, stuck = find_blocks(model, ops)
     groups, blocked = _assemble(model, found, notes)
     costs = cost_models(model, groups, notes)
     linear = tuple(n for n in notes.order if n in notes.positions)
     repeated = frozenset(n for n, calls in notes.calls.items() if calls > 1)
-    return Graph(tuple(groups), tuple(blocked), notes.tails, linear, repeated, costs)
+    return Graph(
+        tuple(groups),
+        tuple(blocked),
+        notes.tails,
+        linear,
+        repeated,
+        costs,
+        blocks=blocks,
+        stuck=stuck,
+        norms=norms_of_sums(model, ops),
+    )
 
 
 def check(model: nn.Module) -> None:

@@ -7,11 +7,14 @@ from torch import nn
 
 from torch_otprune.errors import PlanError
 from torch_otprune.plan.model import Plan
+from torch_otprune.plan.replacement import Replacement
 from torch_otprune.plan.slices import slices
+from torch_otprune.policy import Layers
 from torch_otprune.structure.fingerprint import fingerprint
 from torch_otprune.structure.graph import Graph
 from torch_otprune.structure.trace import check
 from torch_otprune.surgery.cut import check_cuts
+from torch_otprune.surgery.exchange import check_drops
 
 __all__ = ["check_plan", "check_slices", "tolerance"]
 
@@ -37,6 +40,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         )
     check(model)
     check_cuts(model, plan.cuts)
+    check_drops(model, plan.drops)
     found = fingerprint(model)
     if found != plan.fingerprint:
         raise PlanError(
@@ -65,6 +69,17 @@ def check_slices(graph: Graph, plan: Plan) -> None:
                 f"the cut of group '{cut.group}' does not fit the model.",
                 where="Plan.cuts" if group else f"Plan.cuts; groups: {', '.join(groups)}",
                 fix="apply the plan as attached.plan() made it; do not edit its slices.",
+            )
+    blocks = {block.name: block for block in graph.blocks}
+    for drop in plan.drops:
+        block, kind = blocks.get(drop.block), plan.policy.rules[drop.rule]
+        assert isinstance(kind, Layers)
+        assert isinstance(kind.replace, Replacement)
+        if block is None or kind.replace.swaps(block) != drop.swaps:
+            raise PlanError(
+                f"the removal of '{drop.block}' does not fit the model.",
+                where="Plan.drops" if block else f"Plan.drops; blocks: {', '.join(blocks)}",
+                fix="apply the plan as attached.plan() made it; do not edit its swaps.",
             )
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_otprune.plan.model import Cut
+from torch_otprune.plan.model import Cut, Drop
 from torch_otprune.structure.forward import evaluating, flat_tensors, run
+from torch_otprune.structure.mute import muted
 from torch_otprune.surgery.copied import copied
 from torch_otprune.surgery.cut import cut_, merged
+from torch_otprune.surgery.exchange import exchange_
 
 __all__ = ["disagreement", "gap", "masked"]
 
@@ -62,7 +64,9 @@ def masked(model: nn.Module, cuts: Sequence[Cut]) -> Iterator[None]:
             handle.remove()
 
 
-def disagreement(model: nn.Module, cuts: Sequence[Cut], example: Any) -> float:
+def disagreement(
+    model: nn.Module, cuts: Sequence[Cut], example: Any, *, drops: Sequence[Drop] = ()
+) -> float:
     """Cut a copy and compare it with the masked original on an example.
 
     Costs one copy of the model and two forward passes.
@@ -71,6 +75,7 @@ def disagreement(model: nn.Module, cuts: Sequence[Cut], example: Any) -> float:
         model: the dense model; left as it was.
         cuts: a plan's decisions.
         example: one batch.
+        drops: blocks to take out as well.
 
     Returns:
         the largest difference relative to the largest output; infinity where the cut model
@@ -78,13 +83,14 @@ def disagreement(model: nn.Module, cuts: Sequence[Cut], example: Any) -> float:
     """
     small = copied(model)
     cut_(small, cuts)
+    exchange_(small, drops)
     with evaluating(model), torch.no_grad():
-        with masked(model, cuts):
+        with masked(model, cuts), muted(model, [drop.swaps[0] for drop in drops]):
             expected = flat_tensors(run(model, example))
         try:
             with evaluating(small):
                 got = flat_tensors(run(small, example))
-        except (RuntimeError, ValueError, IndexError, TypeError):
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
             return float("inf")
     return gap(expected, got)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+
+from torch_otprune.surgery.layout import Layout
 
 __all__ = ["Snapshot"]
 
@@ -24,10 +24,12 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._layout = Layout(model)
         self._records = [_Record(module) for module in model.modules()]
 
     def restore_(self) -> None:
-        """Put every tensor, width and training flag back, bit for bit."""
+        """Put every module, tensor, width and training flag back, bit for bit."""
+        self._layout.restore_()
         with torch.inference_mode(mode=False), torch.no_grad():
             for record in self._records:
                 record.restore_()
@@ -38,11 +40,6 @@ class _Record:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.plain: dict[str, Any] = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, (int, float, str, tuple)) and not key.startswith("_")
-        }
         self.tensors: dict[str, dict[str, tuple[Tensor | None, Tensor | None]]] = {
             table: {
                 key: (t, None if t is None else t.detach().clone())
@@ -59,8 +56,6 @@ class _Record:
                 if tensor is not None and value is not None:
                     _refill_(tensor, value)
                 live[key] = tensor
-        for key, value in self.plain.items():
-            vars(self.module)[key] = value
 
 
 def _refill_(tensor: Tensor, value: Tensor) -> None:

@@ -1,0 +1,134 @@
+"""The contract of a layer criterion: evidence about a chain of blocks in, a ranking out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from torch_otprune.criteria.base import Ranking, settle
+from torch_otprune.errors import CalibrationError
+from torch_otprune.policy.registry import LAYER_CRITERIA, Setting
+from torch_otprune.statistics.depth import ChainEvidence, SiteEvidence
+
+__all__ = ["LayerCriterion", "LayerNeed", "ScoreLayerCriterion", "SiteCriterion", "register"]
+
+LayerNeed = Literal["points", "writers", "feel", "sites", "trial"]
+register = LAYER_CRITERIA.register
+
+
+class LayerCriterion(Setting, ABC):
+    """Rank the blocks of a chain. A subclass is one file: settings, limits, source, algorithm."""
+
+    needs: ClassVar[frozenset[LayerNeed]] = frozenset({"points"})
+    priced: ClassVar[bool] = False  # whether costs are shares of the network's squared output
+
+    @abstractmethod
+    def rank(self, evidence: ChainEvidence) -> Ranking:
+        """Order the blocks from the first to keep to the first to go.
+
+        Args:
+            evidence: what is known about the chain.
+
+        Returns:
+            the ranking over blocks; `curve[k]` is what keeping only `order[:k]` costs.
+        """
+
+    def refine(self, evidence: ChainEvidence, keep: Int[Tensor, " kept"]) -> Int[Tensor, " kept"]:
+        """Improve the set of one size beyond the nested one.
+
+        Args:
+            evidence: what is known about the chain.
+            keep: the nested set.
+
+        Returns:
+            a set of the same size; the nested one unless a criterion knows better.
+        """
+        return keep
+
+
+class ScoreLayerCriterion(LayerCriterion, ABC):
+    """Rank by one independent number per block."""
+
+    @abstractmethod
+    def score(self, evidence: ChainEvidence) -> Float[Tensor, " blocks"]:
+        """Score every block; larger means keep.
+
+        Args:
+            evidence: what is known about the chain.
+
+        Returns:
+            one finite number per block, not below zero.
+        """
+
+    def rank(self, evidence: ChainEvidence) -> Ranking:
+        """Sort by score; removing blocks costs the sum of their scores."""
+        score = checked(self.score(evidence), evidence.name)
+        order = torch.argsort(score, descending=True, stable=True)
+        left = score[order].flip(0).cumsum(0).flip(0)
+        return Ranking(order, torch.cat([left, left.new_zeros(1)]))
+
+
+class SiteCriterion(ScoreLayerCriterion, ABC):
+    """Score activations one by one; a block scores the mean of its activations."""
+
+    needs: ClassVar[frozenset[LayerNeed]] = frozenset({"sites"})
+
+    @abstractmethod
+    def site(self, evidence: SiteEvidence) -> float:
+        """Score one activation.
+
+        Args:
+            evidence: what is known about it.
+
+        Returns:
+            a finite number, not below zero; 0 where it is linear already.
+        """
+
+    def score(self, evidence: ChainEvidence) -> Float[Tensor, " blocks"]:
+        """Average over the activations of each block.
+
+        Args:
+            evidence: what is known about the chain.
+
+        Returns:
+            one number per block.
+
+        Raises:
+            CalibrationError: if a block has no activation of its own.
+        """
+        for name, sites in zip(evidence.blocks, evidence.sites, strict=True):
+            if not sites:
+                raise CalibrationError(
+                    f"block '{name}' has no activation module to look at.",
+                    where=f"criterion {self.kind}",
+                    fix="use criterion 'transport', or write its activation as a module.",
+                )
+        means = [sum(map(self.site, sites)) / len(sites) for sites in evidence.sites]
+        return torch.tensor(means, dtype=torch.float64)
+
+
+def checked(score: Tensor, name: str) -> Tensor:
+    """Refuse scores that are not finite, and blur rounding so that ties are ties everywhere.
+
+    Args:
+        score: one number per block.
+        name: the chain, for the error.
+
+    Returns:
+        the scores to nine digits.
+
+    Raises:
+        CalibrationError: if a score is NaN or infinite.
+    """
+    if not bool(torch.isfinite(score).all()):
+        bad = int((~torch.isfinite(score)).nonzero()[0])
+        raise CalibrationError(
+            f"block {bad} scored {float(score[bad])}.",
+            where=f"chain '{name}'",
+            fix="look for NaN or infinity in the weights or the calibration data.",
+        )
+    return settle(score)

@@ -1,0 +1,129 @@
+"""Sets of blocks: what they cost together, and how they nest."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from torch_otprune.criteria.base import Ranking
+
+__all__ = ["best_set", "greedy", "joint", "nested", "priced_runs", "runs"]
+
+
+def runs(gone: Collection[int]) -> list[tuple[int, int]]:
+    """Split a set of blocks into its maximal contiguous runs.
+
+    Args:
+        gone: block numbers.
+
+    Returns:
+        first and last block of each run, in order.
+    """
+    found: list[tuple[int, int]] = []
+    for block in sorted(gone):
+        if found and found[-1][1] == block - 1:
+            found[-1] = (found[-1][0], block)
+        else:
+            found.append((block, block))
+    return found
+
+
+def joint(price: Sequence[Sequence[float]], gone: Collection[int]) -> float:
+    """Price a set of blocks: the sum over its runs.
+
+    Args:
+        price: `price[i][j]` of removing blocks i to j.
+        gone: block numbers.
+
+    Returns:
+        the sum, 0 for nobody.
+    """
+    return sum(price[first][last] for first, last in runs(gone))
+
+
+def priced_runs(span: Float[Tensor, "blocks blocks"]) -> Float[Tensor, "blocks blocks"]:
+    """Price the runs that are longer than the spans that were tried, as spans in a row.
+
+    Args:
+        span: cost of replacing blocks i to j by one map; infinite where not tried.
+
+    Returns:
+        the same with every entry on or above the diagonal finite.
+    """
+    price = span.clone()
+    for length in range(2, len(price) + 1):
+        for i in range(len(price) - length + 1):
+            j = i + length - 1
+            if torch.isinf(price[i, j]):
+                price[i, j] = (price[i, i:j] + price[i + 1 : j + 1, j]).min()
+    return price
+
+
+def nested(gone: Sequence[int], spent: Sequence[float]) -> Ranking:
+    """Turn an order of removal into a ranking.
+
+    Args:
+        gone: all blocks, the first to go first.
+        spent: what removing the first one, the first two, ... costs.
+
+    Returns:
+        the ranking; its curve never falls as blocks go.
+    """
+    costs = torch.tensor([0.0, *spent], dtype=torch.float64)
+    return Ranking(torch.tensor(list(gone)[::-1]), costs.cummax(0).values.flip(0))
+
+
+def greedy(price: Float[Tensor, "blocks blocks"]) -> Ranking:
+    """Remove one block after the other, each time the one that adds least to the joint cost.
+
+    Args:
+        price: cost of every run.
+
+    Returns:
+        the ranking.
+    """
+    table: list[list[float]] = price.tolist()
+    gone: list[int] = []
+    spent: list[float] = []
+    left = list(range(len(table)))
+    while left:
+        # Of equal ones the last goes, as in every other ranking.
+        cost, block = min((joint(table, [*gone, b]), -b) for b in left)
+        gone.append(-block)
+        spent.append(cost)
+        left.remove(-block)
+    return nested(gone, spent)
+
+
+def best_set(price: Float[Tensor, "blocks blocks"], size: int) -> Int[Tensor, " gone"]:
+    """Find the cheapest set of a size, by dynamic programming over the chain.
+
+    Args:
+        price: cost of every run.
+        size: how many blocks go.
+
+    Returns:
+        their numbers, in order.
+    """
+    table: list[list[float]] = price.tolist()
+    # best[k][m]: m of the first k blocks go and block k stays, with the length of the last run.
+    best: list[dict[int, tuple[float, int]]] = []
+    for k in range(len(table) + 1):
+        state: dict[int, tuple[float, int]] = {}
+        for run in range(min(size, k) + 1):
+            own = table[k - run][k - 1] if run else 0.0
+            before = best[k - run - 1] if run < k else {0: (0.0, 0)}
+            for m, (cost, _) in before.items():
+                if m + run <= size and cost + own < state.get(m + run, (torch.inf, 0))[0]:
+                    state[m + run] = (cost + own, run)
+        best.append(state)
+    gone: list[int] = []
+    k = len(table)
+    while k >= 0:
+        run = best[k][size - len(gone)][1]
+        gone += range(k - run, k)
+        k -= run + 1
+    return torch.tensor(sorted(gone), dtype=torch.int64)

@@ -1,0 +1,220 @@
+"""Which blocks a rule offers, in what order they would go, and at what price."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from torch import nn
+
+from torch_otprune.criteria.layers.base import LayerCriterion
+from torch_otprune.errors import BudgetError, PolicyError, StructureError
+from torch_otprune.plan.model import Drop, Refusal
+from torch_otprune.plan.propose import Candidate, Case, Offer, felt, proposes
+from torch_otprune.plan.replacement import Replacement
+from torch_otprune.policy import Layers, Policy, match, module_classes, owner
+from torch_otprune.policy.targets import Classes
+from torch_otprune.statistics.stream import runs
+from torch_otprune.structure.graph import Block, Graph
+
+__all__ = ["owned_blocks", "propose_layers", "reached"]
+
+
+@proposes(Layers)
+def propose_layers(case: Case, rules: Mapping[int, Layers]) -> Offer:
+    """Offer every block that a rule reaches.
+
+    Args:
+        case: the model and what is known.
+        rules: the policy's layer rules by index.
+
+    Returns:
+        one candidate per block, and refusals.
+
+    Raises:
+        BudgetError: if a rule drops more blocks than it reaches.
+        PolicyError: if prices of layers and of channels cannot be compared.
+        StructureError: if a rule reaches no block that can go.
+        TargetError: if a target matches nothing.
+    """
+    owned, refused = _offered(case, rules)
+    candidates: list[Candidate] = []
+    for index, rule in rules.items():
+        if not owned[index]:
+            _refuse(index, rule, refused)
+        candidates += _candidates(case, index, rule, owned[index])
+    blocks = tuple(block for found in owned.values() for block in found)
+    return Offer(tuple(candidates), tuple(refused), blocks)
+
+
+def owned_blocks(model: nn.Module, policy: Policy, graph: Graph) -> dict[int, list[Block]]:
+    """Assign every block that can go to the rule that owns it, the most specific target first.
+
+    Args:
+        model: the dense model.
+        policy: the declaration.
+        graph: the model's analysis.
+
+    Returns:
+        index of each layer rule to its blocks, in order of execution.
+
+    Raises:
+        TargetError: if a target matches nothing, or two rules fit a block equally closely.
+    """
+    rules = {i: rule for i, rule in enumerate(policy.rules) if isinstance(rule, Layers)}
+    classes, ignore = module_classes(model), policy.ignore
+    found: dict[int, list[Block]] = {index: [] for index in rules}
+    wanted = set()
+    for index, rule in rules.items():
+        match(rule.targets, rule.ignore, classes, where=f"Policy.rules[{index}]")
+        wanted |= {b.name for b in reached(graph.blocks, rule, classes, ignore)}
+    for block in (b for b in graph.blocks if b.name in wanted):
+        by = owner(list(rules.values()), block.name, classes, ignore=ignore)
+        if by is not None:
+            found[list(rules)[by]].append(block)
+    return found
+
+
+def reached(
+    blocks: Sequence[Block], rule: Layers, classes: Classes, ignore: Sequence[str]
+) -> list[Block]:
+    """List the blocks that a rule means.
+
+    Targets stand for the layers at or below them. Where they reach none, they stand for the
+    outermost of the finer blocks that they name, such as the halves of a transformer layer.
+
+    Args:
+        blocks: all that can go.
+        rule: the rule.
+        classes: every module of the model, as `module_classes` lists them.
+        ignore: patterns that no rule may reach.
+
+    Returns:
+        blocks in order of execution, none of them inside another.
+    """
+    hit = [b for b in blocks if owner([rule], b.name, classes, ignore=ignore) is not None]
+    layers = [b for b in hit if b.level == "layer"]
+    if layers:
+        return layers
+    return [b for b in hit if not any(o is not b and o.holds(b.name) for o in hit)]
+
+
+def _offered(
+    case: Case, rules: Mapping[int, Layers]
+) -> tuple[dict[int, list[Block]], list[Refusal]]:
+    """Leave out what cannot go after all, with the reason."""
+    owned = owned_blocks(case.model, case.policy, case.graph)
+    refused = list[Refusal]()
+    every = [block for blocks in owned.values() for block in blocks]
+    for blocks in owned.values():
+        for block in list(blocks):
+            if why := _objection(case, block, every):
+                refused.append(Refusal(group=block.name, reason=why[0], fix=why[1]))
+                blocks.remove(block)
+    classes, ignore = module_classes(case.model), case.policy.ignore
+    for stuck in case.graph.stuck:
+        if owner(list(rules.values()), stuck.name, classes, ignore=ignore) is not None:
+            refused.append(Refusal(group=stuck.name, reason=stuck.reason, fix=stuck.fix))
+    return owned, refused
+
+
+def _objection(case: Case, block: Block, every: Sequence[Block]) -> tuple[str, str] | None:
+    if block.name in case.banned:
+        return case.banned[block.name], "leave this layer out with `ignore`."
+    if outer := [b.name for b in every if b is not block and b.holds(block.name)]:
+        return f"it is part of '{outer[0]}', which is on offer", "target one of the two."
+    inside = {path for path in case.ties if block.holds(path)}
+    if inside:
+        return f"'{min(inside)}' shares a tensor with another layer", "untie the weights."
+    return None
+
+
+def _refuse(index: int, rule: Layers, refused: Sequence[Refusal]) -> NoReturn:
+    reasons = "; ".join(f"{r.group}: {r.reason}" for r in refused[:3])
+    raise StructureError(
+        f"rule {index} reaches no layer that can go ({reasons or 'no residual block among them'}).",
+        where=f"Policy.rules[{index}].targets = {', '.join(rule.targets)}",
+        fix=refused[0].fix if refused else "target residual blocks; `otprune doctor` lists them.",
+    )
+
+
+def _candidates(case: Case, index: int, rule: Layers, blocks: Sequence[Block]) -> list[Candidate]:
+    criterion = rule.criterion
+    assert isinstance(criterion, LayerCriterion)
+    _check_unit(case, index, criterion)
+    prices = _prices(case, criterion, blocks)
+    going = _going(case, index, rule, prices)
+    return [
+        _candidate(index, rule, block, prices[block.name], going.get(block.name, (0, 1)))
+        for block in blocks
+    ]
+
+
+def _prices(case: Case, criterion: LayerCriterion, blocks: Sequence[Block]) -> dict[str, float]:
+    """Price every block by what it adds to those of its chain that go before it."""
+    prices: dict[str, float] = {}
+    for run in runs(blocks):
+        evidence = case.observation.chain([block.name for block in run])
+        ranking = criterion.rank(evidence)
+        steps = ranking.curve[:-1] - ranking.curve[1:]
+        for place, step in zip(ranking.order.tolist(), steps.tolist(), strict=True):
+            prices[evidence.blocks[place]] = max(step, 0.0)
+    return prices
+
+
+def _going(
+    case: Case, index: int, rule: Layers, prices: Mapping[str, float]
+) -> dict[str, tuple[int, ...]]:
+    """Settle what a rule's own `drop` or `keep` decides, cheapest first."""
+    count = rule.dropped(len(prices))
+    if count is None:
+        return {}
+    if count > len(prices):
+        stuck = "; ".join(f"{s.name}: {s.reason}" for s in case.graph.stuck[:3])
+        raise BudgetError(
+            f"rule {index} drops {count} layers, and {len(prices)} can go.",
+            where=f"Policy.rules[{index}].drop{f' ({stuck})' if stuck else ''}",
+            fix=f"drop at most {len(prices)}, or target more layers.",
+        )
+    order = sorted(prices, key=lambda name: (prices[name], name))
+    return {name: (0,) if place < count else (1,) for place, name in enumerate(order)}
+
+
+def _check_unit(case: Case, index: int, criterion: LayerCriterion) -> None:
+    """Refuse to trade what has no common unit."""
+    limits = case.policy.budget.limits if case.policy.budget else {}
+    shared = {"params", "macs"} & set(limits)
+    others = [r for r in case.policy.rules if not isinstance(r, Layers) and not r.asks]
+    if criterion.priced or not shared or not others or case.policy.rules[index].asks:
+        return
+    raise PolicyError(
+        f"criterion {criterion.kind!r} ranks layers, but does not price them in the unit of "
+        "channels.",
+        where=f"Policy.rules[{index}].criterion, with a budget of {' and '.join(sorted(shared))}",
+        fix="use criterion 'transport' or 'loss_delta', or give the rule a `drop` of its own.",
+    )
+
+
+def _candidate(
+    index: int, rule: Layers, block: Block, price: float, widths: tuple[int, ...]
+) -> Candidate:
+    criterion, replace = rule.criterion, rule.replace
+    assert isinstance(criterion, LayerCriterion)
+    assert isinstance(replace, Replacement)
+    curve = torch.tensor([price, 0.0], dtype=torch.float64)
+
+    def decide(size: int) -> Drop:
+        lost = felt(curve, size) if criterion.priced else float(f"{price:.3e}")
+        said = f"dropping it moves the output by {lost:.2%}" if criterion.priced else f"{lost:.3g}"
+        return Drop(
+            block=block.name,
+            rule=index,
+            criterion=criterion.kind,
+            replace=replace.kind,
+            error=lost,
+            reason=f"{criterion.kind}: {said}",
+            swaps=replace.swaps(block),
+        )
+
+    return Candidate(block.name, index, 1, curve, widths, decide)

@@ -1,0 +1,332 @@
+"""The kinds of rules: what may go, and what mends the network afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import Self
+
+from torch_otprune.policy.amount import Amount, AmountLike
+from torch_otprune.policy.base import problem, short
+from torch_otprune.policy.registry import (
+    CRITERIA,
+    LAYER_CRITERIA,
+    PENALTIES,
+    REPAIRS,
+    REPLACEMENTS,
+    RULES,
+    Entry,
+    Setting,
+)
+from torch_otprune.policy.targets import check_pattern
+
+__all__ = ["Channels", "Layers", "Linearize", "Rule"]
+
+SettingLike = str | Mapping[str, Any] | Setting
+Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+def listed(value: object) -> object:
+    """Read one entry as a list of one."""
+    return (value,) if isinstance(value, (str, Mapping, Setting)) else value
+
+
+def _share(value: object) -> object:
+    """Read how many of several go: a whole number counts, one of them included."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, str, float)):
+        raise problem(f"{short(value)} is no number of layers.", fix=_SHARE)
+    if isinstance(value, int):
+        if value < 1:
+            raise problem(f"{value} removes nothing.", fix="drop at least one layer.")
+        return value
+    share = Amount.parse(value)
+    if not share.relative:
+        return share.value
+    if share.everything:
+        raise problem(f"{value!r} removes every layer.", fix="drop less than 100 %.")
+    return share.value
+
+
+_SHARE = "write a whole number such as 3, a fraction such as 0.25, or a percentage such as '25%'."
+
+
+def _units_only(value: object) -> object:
+    if isinstance(value, str) and value.strip()[-1:] in tuple("kKMGBT"):
+        raise problem(
+            f"{value!r} is no number of units.",
+            fix="write a fraction, a percentage, or a whole number of units.",
+        )
+    return value
+
+
+_Pattern = Annotated[str, BeforeValidator(check_pattern)]
+_Criterion = Annotated[Setting, Entry(CRITERIA)]
+_Repair = Annotated[Setting, Entry(REPAIRS)]
+_LayerCriterion = Annotated[Setting, Entry(LAYER_CRITERIA)]
+_Replacement = Annotated[Setting, Entry(REPLACEMENTS)]
+_Penalty = Annotated[Setting, Entry(PENALTIES)]
+Patterns = Annotated[
+    tuple[_Pattern, ...],
+    BeforeValidator(listed, json_schema_input_type=str | tuple[str, ...]),
+]
+Repairs = Annotated[
+    tuple[_Repair, ...],
+    BeforeValidator(listed, json_schema_input_type=_Repair | tuple[_Repair, ...]),
+]
+
+
+class Rule(Setting):
+    """What every kind of rule says: where it applies and how much it keeps there.
+
+    A new kind subclasses this, narrows `kind` and is decorated with `@RULES.register`;
+    `Policy`, YAML and the schema then know it.
+    """
+
+    targets: Patterns = Field(
+        default=("auto",),
+        min_length=1,
+        description="module paths, globs, `re:` patterns, class names, or `auto` for all; "
+        "a container stands for everything below it",
+    )
+    ignore: Patterns = Field(default=(), description="what the targets must not reach; same words")
+    keep: Annotated[Amount, BeforeValidator(_units_only)] | None = Field(
+        default=None,
+        description="what each target keeps: a fraction of its units, or a number of units; "
+        "null leaves it to the budget",
+    )
+    repair: Repairs = Field(
+        default=(), description="what mends the network afterwards, in this order"
+    )
+
+    @property
+    def asks(self) -> bool:
+        """Tell whether the rule itself says that something must go."""
+        return self.keep is not None and not self.keep.everything
+
+    @model_validator(mode="after")
+    def _reach_something(self) -> Self:
+        if set(self.targets) <= set(self.ignore) or "auto" in self.ignore:
+            raise problem(
+                f"every target of this {self.kind!r} rule is ignored.",
+                fix="remove the pattern from `ignore`, or remove the rule.",
+                key="ignore",
+            )
+        return self
+
+
+@RULES.register
+class Channels(Rule):
+    """Remove channels: of convolutions and linear layers, with all that is tied to them.
+
+    Example:
+        >>> from torch_otprune.policy import Channels
+        >>> import torch_otprune.criteria, torch_otprune.repair
+        >>> rule = Channels(targets="layer*", keep="50%", multiple_of=8)
+        >>> rule.widths(64)
+        (32,)
+    """
+
+    kind: Literal["channels"] = "channels"
+    criterion: _Criterion = Field(
+        default="transport",
+        validate_default=True,
+        description="ranks the units: a name, or a table with `kind` and settings",
+    )
+    repair: Repairs = Field(
+        default=("least_squares",),
+        validate_default=True,
+        description="what mends the consumers, in this order: names, or tables with `kind`",
+    )
+    min_keep: Count = Field(default=1, description="units every group keeps at least")
+    multiple_of: Count = Field(
+        default=1,
+        description="kept units are a multiple of this; a group too small for it stays whole",
+    )
+
+    if TYPE_CHECKING:  # what may be written is wider than what is stored
+
+        def __init__(
+            self,
+            *,
+            kind: Literal["channels"] = "channels",
+            targets: str | Iterable[str] = ("auto",),
+            ignore: str | Iterable[str] = (),
+            keep: AmountLike | None = None,
+            criterion: SettingLike = "transport",
+            repair: SettingLike | Iterable[SettingLike] = ("least_squares",),
+            min_keep: int = 1,
+            multiple_of: int = 1,
+        ) -> None: ...
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.keep is None or self.keep.relative:
+            return self
+        keep = self.keep.value
+        if keep < self.min_keep:
+            raise problem(
+                f"keep is {keep} units, but min_keep is {self.min_keep}.",
+                fix="lower min_keep or raise keep.",
+                key="keep",
+            )
+        if keep % self.multiple_of:
+            raise problem(
+                f"keep is {keep} units, which is no multiple of multiple_of = {self.multiple_of}.",
+                fix="choose a keep that is a multiple, or drop multiple_of.",
+                key="keep",
+            )
+        return self
+
+    def widths(self, units: int) -> tuple[int, ...]:
+        """List how many units a group may keep under this rule.
+
+        Args:
+            units: how many the group has.
+
+        Returns:
+            ascending counts; without `keep` the last is all of them, with `keep` there is
+            one: the nearest that `min_keep` and `multiple_of` allow.
+        """
+        step = self.multiple_of
+        allowed = [k for k in range(step, units, step) if k >= self.min_keep] + [units]
+        if self.keep is None:
+            return tuple(allowed)
+        wanted = self.keep.of(units)
+        return (min(allowed, key=lambda width: (abs(width - wanted), width)),)
+
+
+class _Depth(Rule):
+    """What rules about whole layers have in common: a share of what they reach goes."""
+
+    drop: Annotated[int | float, BeforeValidator(_share)] | None = Field(
+        default=None,
+        description="how many of the targets go: a whole number, a fraction or a percentage; "
+        "null leaves it to `keep` or the budget",
+    )
+
+    @property
+    def asks(self) -> bool:
+        """Tell whether the rule itself says that something must go."""
+        return self.drop is not None or super().asks
+
+    @model_validator(mode="after")
+    def _say_it_once(self) -> Self:
+        if self.drop is not None and self.keep is not None:
+            raise problem(
+                "drop and keep say the same thing twice.", fix="give one of them.", key="drop"
+            )
+        return self
+
+    def dropped(self, count: int) -> int | None:
+        """Tell how many of so many targets go.
+
+        Args:
+            count: how many the rule reaches.
+
+        Returns:
+            a number, which may exceed `count`; None where a budget decides.
+        """
+        if self.keep is not None:
+            return count - self.keep.of(count)
+        if isinstance(self.drop, float):
+            return Amount(self.drop).of(count)
+        return self.drop
+
+
+@RULES.register
+class Layers(_Depth):
+    """Remove whole layers: residual blocks, transformer layers, or their halves.
+
+    Example:
+        >>> from torch_otprune.policy import Layers
+        >>> import torch_otprune.criteria, torch_otprune.repair
+        >>> Layers(targets="encoder", drop="25%").dropped(12)
+        3
+    """
+
+    kind: Literal["layers"] = "layers"
+    criterion: _LayerCriterion = Field(
+        default="transport",
+        validate_default=True,
+        description="ranks the layers: a name, or a table with `kind` and settings",
+    )
+    replace: _Replacement = Field(
+        default="affine",
+        validate_default=True,
+        description="what stands in for a removed layer: a name, or a table with `kind`",
+    )
+    repair: Repairs = Field(
+        default=("least_squares",),
+        validate_default=True,
+        description="what mends the layers that stay, in this order: names, or tables with `kind`",
+    )
+    penalty: _Penalty | None = Field(
+        default=None, description="what training adds to the loss so that layers can go"
+    )
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            kind: Literal["layers"] = "layers",
+            targets: str | Iterable[str] = ("auto",),
+            ignore: str | Iterable[str] = (),
+            keep: AmountLike | None = None,
+            drop: int | float | str | None = None,
+            criterion: SettingLike = "transport",
+            replace: SettingLike = "affine",
+            repair: SettingLike | Iterable[SettingLike] = ("least_squares",),
+            penalty: SettingLike | None = None,
+        ) -> None: ...
+
+
+@RULES.register
+class Linearize(_Depth):
+    """Make activations affine, and fold the linear layers around them into one.
+
+    Example:
+        >>> from torch_otprune.policy import Linearize
+        >>> import torch_otprune.criteria, torch_otprune.repair
+        >>> Linearize(targets="features", drop=2).asks
+        True
+    """
+
+    kind: Literal["linearize"] = "linearize"
+    criterion: _LayerCriterion = Field(
+        default="stein",
+        validate_default=True,
+        description="ranks the activations: a name, or a table with `kind` and settings",
+    )
+    gate: Literal["macs", "params", "none"] = Field(
+        default="macs",
+        description="a fold that would raise this is refused; `none` folds whatever can be folded",
+    )
+    repair: Repairs = Field(
+        default=("least_squares",),
+        validate_default=True,
+        description="what mends the layers behind, in this order: names, or tables with `kind`",
+    )
+    penalty: _Penalty | None = Field(
+        default=None, description="what training adds to the loss so that activations can go"
+    )
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            kind: Literal["linearize"] = "linearize",
+            targets: str | Iterable[str] = ("auto",),
+            ignore: str | Iterable[str] = (),
+            keep: AmountLike | None = None,
+            drop: int | float | str | None = None,
+            criterion: SettingLike = "stein",
+            gate: Literal["macs", "params", "none"] = "macs",
+            repair: SettingLike | Iterable[SettingLike] = ("least_squares",),
+            penalty: SettingLike | None = None,
+        ) -> None: ...

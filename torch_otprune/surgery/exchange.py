@@ -1,0 +1,81 @@
+"""Take blocks out: put what stands in for them in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from torch_otprune.errors import PlanError
+from torch_otprune.nn import ChannelScale, LowRank, Skip, Zero
+from torch_otprune.plan.model import Drop
+from torch_otprune.structure.graph import Swap
+
+__all__ = ["check_drops", "exchange_", "gone"]
+
+
+def exchange_(model: nn.Module, drops: Sequence[Drop]) -> None:
+    """Replace every removed module by its stand-in. Paths of the others stay as they are.
+
+    Args:
+        model: the dense model, or a cut one.
+        drops: a plan's decisions for it.
+
+    Raises:
+        PlanError: if a module is missing; nothing is written then.
+    """
+    check_drops(model, drops)
+    for swap in (swap for drop in drops for swap in drop.swaps):
+        owner, _, name = swap.path.rpartition(".")
+        parent, old = model.get_submodule(owner), model.get_submodule(swap.path)
+        new = _stand_in(swap).train(old.training)
+        first = next(old.parameters(), None)
+        if first is not None and first.is_floating_point():
+            new.to(device=first.device, dtype=first.dtype)
+        setattr(parent, name, new)
+
+
+def _stand_in(swap: Swap) -> nn.Module:
+    if swap.by == "zero":
+        return Zero(swap.size, swap.wiring, axis=swap.axis)
+    if swap.by == "scale":
+        return ChannelScale(swap.size, swap.axis, wiring=swap.wiring)
+    if swap.by == "low_rank":
+        with torch.random.fork_rng(devices=[]):  # its first values do not matter: it is fitted
+            return LowRank(swap.size, swap.rank, swap.axis, wiring=swap.wiring)
+    return Skip(swap.wiring)
+
+
+def check_drops(model: nn.Module, drops: Iterable[Drop]) -> None:
+    """Make sure that every module that is to go is there.
+
+    Args:
+        model: the dense model.
+        drops: a plan's decisions.
+
+    Raises:
+        PlanError: naming the first module that is missing.
+    """
+    names = {name for name, _ in model.named_modules()}
+    for swap in (swap for drop in drops for swap in drop.swaps):
+        if swap.path not in names:
+            raise PlanError(
+                "the plan removes a module that the model has not.",
+                where=f"'{swap.path}'",
+                fix="apply the plan to the dense model it was made for.",
+            )
+
+
+def gone(drops: Iterable[Drop], path: str) -> bool:
+    """Tell whether a module was removed with a block.
+
+    Args:
+        drops: a plan's decisions.
+        path: a module of the dense model.
+
+    Returns:
+        whether it is one of the removed modules, or inside of one.
+    """
+    heads = (swap.path for drop in drops for swap in drop.swaps)
+    return any(path == head or path.startswith(f"{head}.") for head in heads)
