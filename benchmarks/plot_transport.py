@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import markdown, read_json
 from benchmarks.transport import DIMS, SIZES
+from benchmarks.transport_thresholds import IN_FORCE
 from torch_otprune import transport
 from torch_otprune.transport.dispatch import TABLE
 
@@ -148,6 +149,8 @@ def dispatch_page(data: Mapping[str, Any]) -> str:
         "is the same over what the table picks, where that is at least as accurate.",
         _grid_table(data),
         _skipped(data),
+        _not_run(data),
+        _threshold_part(data),
         "### Named promises",
         _case_table(data),
         "### Graphics processors",
@@ -208,6 +211,39 @@ def _skipped(data: Mapping[str, Any]) -> str:
         return ""
     lines = [f"- n = {n}, d = {d}: {why}" for n, d, why in sorted(told)]
     return "Cells of ours that were not measured:\n\n" + "\n".join(lines)
+
+
+def _not_run(data: Mapping[str, Any]) -> str:
+    """List peers that were not started, with what they would have taken."""
+    told: dict[tuple[int, str], list[str]] = {}
+    for r in data.get("grid", {}).values():
+        if r["method"] != "ours" and str(r.get("skipped", "")).startswith("not run"):
+            seconds = f", {r['estimate']:.2g} s" if "estimate" in r else ""
+            place = f"{r['purpose']} at d = {r['d']}{seconds}"
+            told.setdefault((r["n"], r["method"]), []).append(place)
+    lines = [f"- n = {n}, {name}: {'; '.join(where)}" for (n, name), where in told.items()]
+    head = "Cells of others that were not started, with the seconds expected of them:"
+    return "\n\n".join([head, "\n".join(lines)]) if lines else ""
+
+
+def _threshold_part(data: Mapping[str, Any]) -> str:
+    rows = [r for r in data.get("thresholds", {}).values() if "low_seconds" in r]
+    if not rows:
+        return ""
+    table = [
+        (
+            r["threshold"], IN_FORCE[r["threshold"]], r["at"], r["low"], f"{r['low_seconds']:.2g}",
+            r["high"], f"{r['high_seconds']:.2g}", f"{r['worth']:g}",
+        )
+        for r in rows
+    ]  # fmt: skip
+    head = ["threshold", "in force", "at", "up to it", "s", "beyond it", "s", "worth"]
+    said = (
+        "Both sides of each threshold of the table, at sizes below it and above. *Worth* is how "
+        "many times longer the side up to the threshold may take for what it gives more: an exact "
+        "plan, or dimensions kept. A test holds every threshold to these figures."
+    )
+    return "\n\n".join(["### Where the thresholds come from", said, markdown(head, table)])
 
 
 def _case_table(data: Mapping[str, Any]) -> str:

@@ -5,20 +5,23 @@ equal accuracy; plans at n >= 1 024 come at least 5 times faster than from geoml
 1-D laws of 8 192 channels at 10 000 samples in under 10 s; a soft top-k of 1e8 entries in under
 3 s; the facility-location curve of 8 192 units in under 60 s and of 2 048 in under 4 s.
 
-    python benchmarks/transport.py --sections rates,cases,bias,grid,gpu --limit 20
+    python benchmarks/transport.py --sections rates,cases,bias,thresholds,grid,gpu --limit 20
     python benchmarks/plot_transport.py
 
 Cells are written one by one and skipped when they are there already, measured by the same state of
-the code. Each runs in its own process, so that its memory is its own and a slow one is stopped at
-the limit. Imports and a first run are not timed. `seconds` are processor seconds of one
+the code; `--minutes` ends a run, and the next one goes on where it stopped. Each cell runs in its
+own process, so that its memory is its own and a slow one is stopped at the limit. A cell that its
+own smaller sizes show to be far over the limit is not started: it says `not run`, why, and the
+seconds it would take. Imports and a first run are not timed. `seconds` are processor seconds of one
 thread, which other work on the machine disturbs least; `wall` is the clock on the wall. Rows for a
-GPU are measured where there is one, and say `unmeasured` elsewhere.
+GPU are measured where there is one, and say why not elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -35,13 +38,21 @@ from benchmarks.common import environment, read_json, write_json
 from benchmarks.transport_cases import bias, cases, gpu
 from benchmarks.transport_harness import SEED, alone, best_of, clouds, digest, warm
 from benchmarks.transport_methods import METHODS, Method
+from benchmarks.transport_thresholds import thresholds
 from torch_otprune import transport
+from torch_otprune.transport.dispatch import REDUCED, Problem, choose
+from torch_otprune.transport.geometry import Cloud, softmin
 
 OUT = Path(__file__).resolve().parent / "results" / "transport.json"
 SIZES, DIMS = (64, 512, 2048, 8192, 100_000), (1, 4, 16, 64, 1024, 4096)
 PURPOSES = ("value", "gradient", "plan")
 THREADS = 1
 TRUTH_UP_TO = 8192  # points up to which the exact value is computed in float64
+NUMBERS = 2e8  # in a cloud, with its copies in float64, that fit in memory
+OURS = 3.0  # times the limit that our own cells may take, as all others are compared with them
+# Walks over all pairs, at the least, where costs do not fit: three problems for a distance, one for
+# a plan, each with some thirty half steps.
+WALKS = {"value": 90, "gradient": 90, "plan": 60}
 
 
 def rates() -> dict[str, Any]:
@@ -52,7 +63,10 @@ def rates() -> dict[str, Any]:
     product = best_of(lambda: (a @ a).sum().item())["seconds"]
     matvec = best_of(lambda: (big @ torch.randn(8192)).sum().item())["seconds"]
     exponent = best_of(lambda: a.exp().sum().item() + v[0].item())["seconds"]
+    x, y = clouds(4096, REDUCED)
+    walk = best_of(lambda: softmin(Cloud(x, y, 2.0), y[:, 0], 1.0))["seconds"]
     return {
+        "gpairs": round(4096**2 / walk / 1e9, 3),
         "gflops": round(2 * 2048**3 / product / 1e9, 1),
         "gbytes": round(4 * 8192**2 / matvec / 1e9, 2),
         "gexp": round(2048**2 / exponent / 1e9, 3),
@@ -85,8 +99,35 @@ def cell(method: Method, n: int, d: int, purpose: str) -> dict[str, Any]:
 def fits(method: Method, n: int, d: int) -> str | None:
     """Say why a method is not tried, or None: only what memory or its kind rules out."""
     if n * n > method.pairs and not (method.line and d == 1):
-        return f"{n * n:.0e} costs do not fit in memory"
+        return f"not run: {n * n:.0e} costs do not fit in memory"
+    if n * d > NUMBERS:
+        return f"not run: clouds of {n * d:.0e} numbers, with their copies, do not fit in memory"
     return None
+
+
+def foreseen(
+    data: dict[str, Any], name: str, n: int, d: int, purpose: str
+) -> tuple[float, str] | None:
+    """Estimate the seconds of a cell from what is known, and say from what; None if nothing is."""
+    solver = choose(Problem(n, n, d, purpose=purpose)).solver  # type: ignore[arg-type]
+    if name == "ours" and solver in {"blocks", "keops"}:
+        speed = data["rates"].get("gpairs")
+        said = f"{WALKS[purpose]} walks over {n * n:.0e} costs at {speed}e9 a second"
+        return (WALKS[purpose] * n * n / (speed * 1e9), said) if speed else None
+    known = []
+    for less in (size for size in SIZES if size < n):
+        row = data["grid"].get(f"{less} {d} {purpose} {name}", {})
+        seconds = row.get("seconds", row.get("estimate"))
+        if seconds:
+            known.append((less, seconds))
+    if not known:
+        return None
+    growth = 1.0 if d == 1 and METHODS[name].line else 2.0
+    if len(known) > 1:
+        (less, before), (last, after) = known[-2:]
+        growth = min(3.5, max(growth, math.log(after / before) / math.log(last / less)))
+    last, after = known[-1]
+    return after * (n / last) ** growth, f"{after:.2g} s at n = {last}, growing as n^{growth:.1f}"
 
 
 def known_slow(rows: dict[str, Any], name: str, n: int, d: int) -> str | None:
@@ -113,8 +154,7 @@ def grid(
     dims: Sequence[int] = DIMS,
 ) -> Iterator[None]:
     """Fill the grid cell by cell."""
-    rows = data.setdefault("grid", {})
-    exact = data.setdefault("truth", {})
+    rows, exact = data.setdefault("grid", {}), data.setdefault("truth", {})
     for n, d in itertools.product(sizes, dims):
         place = f"{n} {d}"
         if place not in exact and (n <= TRUTH_UP_TO or d == 1):
@@ -125,16 +165,30 @@ def grid(
             other = purpose not in method.purposes or (method.only_line and d > 1)
             if key in rows or other:
                 continue
-            why = fits(method, n, d) or known_slow(rows, name, n, d)
-            row = (
-                {"skipped": why}
-                if why
-                else alone(lambda m=method, n=n, d=d, p=purpose: cell(m, n, d, p), limit)
-            )
+            row = _cell(data, name, n, d, purpose, limit)
             row["error"] = _error(row, exact.get(place))
             rows[key] = {"n": n, "d": d, "purpose": purpose, "method": name} | row
             yield
     data["verdict"] = verdict(data)
+
+
+def _cell(
+    data: dict[str, Any], name: str, n: int, d: int, purpose: str, limit: float
+) -> dict[str, Any]:
+    """Measure one cell, or say why not and what it would take."""
+    method = METHODS[name]
+    limit = limit * (OURS if name == "ours" else 1)
+    guess = foreseen(data, name, n, d, purpose)
+    estimate = {"estimate": guess[0]} if guess else {}
+    why = fits(method, n, d) or known_slow(data["grid"], name, n, d)
+    if why is None and guess and guess[0] > limit:
+        why = f"not run: about {guess[0]:.2g} s expected ({guess[1]})"
+    if why is not None:
+        return {"skipped": why} | estimate
+    found = alone(lambda: cell(method, n, d, purpose), limit)
+    if "seconds" in found:
+        return found
+    return found | {"estimate": max(limit, guess[0] if guess else 0.0)}
 
 
 def _error(row: dict[str, Any], exact: dict[str, Any] | None) -> float | None:
@@ -185,7 +239,7 @@ def verdict(data: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     """Run the asked sections."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sections", default="rates,cases,bias,grid,gpu")
+    parser.add_argument("--sections", default="rates,cases,bias,thresholds,grid,gpu")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds for one cell")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after that long")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -207,16 +261,14 @@ def main() -> None:
         data["rates"] = alone(rates, args.limit)
     if "gpu" in wanted:
         gpu(data)
-    for name, section in (
-        ("cases", cases),
-        ("bias", bias),
-        ("grid", partial(grid, sizes=sizes, dims=dims)),
+    sections = {"cases": cases, "bias": bias, "thresholds": thresholds}
+    sections["grid"] = partial(grid, sizes=sizes, dims=dims)
+    for _ in itertools.chain.from_iterable(
+        section(data, args.limit) for name, section in sections.items() if name in wanted
     ):
-        if name in wanted:
-            for _ in section(data, args.limit):
-                write_json(args.out, data)
-                if time.monotonic() > end:
-                    break
+        write_json(args.out, data)
+        if time.monotonic() > end:
+            break
     if "grid" in data:
         data["verdict"] = verdict(data)
     write_json(args.out, data)

@@ -20,14 +20,16 @@ def cases(data: dict[str, Any], limit: float) -> Iterator[None]:
     rows = data.setdefault("cases", {})
     for name, (promise, prepare) in CASES.items():
         if "seconds" not in rows.get(name, {}):
-            rows[name] = {"promise": promise} | alone(
-                lambda prepare=prepare: _timed(prepare()), 8 * limit
+            threads = 2 if name.endswith("2 threads") else torch.get_num_threads()
+            rows[name] = {"promise": promise, "threads": threads} | alone(
+                lambda prepare=prepare, threads=threads: _timed(prepare, threads), 8 * limit
             )
             yield
 
 
-def _timed(run: Callable[[], Any]) -> dict[str, Any]:
-    took = best_of(run, times=2)
+def _timed(prepare: Callable[[], Callable[[], Any]], threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    took = best_of(prepare(), times=2)
     del took["answer"]
     return took
 
@@ -57,14 +59,22 @@ def _batch() -> Callable[[], Any]:
     return lambda: transport.couplings(costs, eps=0.05)
 
 
+def _divergences() -> Callable[[], Any]:
+    generator = torch.Generator().manual_seed(SEED)
+    x, y = (torch.randn(256, 16, 8, generator=generator) for _ in range(2))
+    return lambda: transport.divergence(x, y)
+
+
 # What is promised in seconds, and what draws the data and returns the call to measure.
 CASES: dict[str, tuple[float, Callable[[], Callable[[], Any]]]] = {
     "all 1-D laws of 8 192 channels, 10 000 samples": (10.0, lambda: _laws(8192)),
+    "all 1-D laws of 8 192 channels, 10 000 samples, 2 threads": (10.0, lambda: _laws(8192)),
     "all 1-D laws of 512 channels, 10 000 samples": (1.0, lambda: _laws(512)),
     "soft top-k of 1e8 entries": (3.0, lambda: _topk(10**8)),
     "facility-location curve, 2 048 units": (4.0, lambda: _facility(2048)),
     "facility-location curve, 8 192 units": (60.0, lambda: _facility(8192)),
     "256 couplings of 16 x 16 in one batch": (0.1, _batch),
+    "256 divergences of 16 x 16 points in one batch": (0.2, _divergences),
 }
 
 
@@ -102,7 +112,7 @@ def _bias(d: int, n: int) -> dict[str, Any]:
 def gpu(data: dict[str, Any]) -> None:
     """Measure the rows for a GPU, or say that there is none."""
     if not torch.cuda.is_available():
-        data["gpu"] = dict.fromkeys(GPU, "unmeasured")
+        data["gpu"] = dict.fromkeys(GPU, "not run: this machine has no CUDA device")
         return
     data["gpu"] = {name: run() for name, run in GPU.items()}
 

@@ -36,7 +36,24 @@ def data():
 
 class Declared(nn.Sequential):
     pass
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return x + self.down(self.act(self.up(x)))
+
+def deep():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 6), *(Block() for _ in range(4)), nn.Linear(6, 4))
+
+def rows():
+    torch.manual_seed(1)
+    return [torch.randn(32, 3) for _ in range(2)]
 """
+DEEP = ("nets:deep", "-d", "nets:rows")
 POLICY = "rules: channels\nbudget: {macs: 50%}\n"
 Otprune = Callable[..., Result]
 
@@ -195,6 +212,45 @@ def test_the_doctor_prints_groups_and_what_stays(otprune: Otprune) -> None:
     done = otprune("doctor", "nets:net", "--example", "nets:data")
     assert done.exit_code == 0
     assert "prunable" in done.stdout and "6.bias" in done.stdout
+
+
+def test_the_doctor_puts_layers_that_are_alike_in_one_row(otprune: Otprune) -> None:
+    done = otprune("doctor", *DEEP)
+    assert done.exit_code == 0, done.output
+    assert "can go whole" in done.stdout and "4 in 1 run" in done.stdout
+    assert "once 1 activation is linear" in done.stdout
+
+
+def test_the_doctor_lists_every_layer_when_asked(otprune: Otprune) -> None:
+    done = otprune("doctor", *DEEP, "--all")
+    starts = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
+    assert {"1", "2", "3", "4"} <= set(starts)
+    assert "4 in 1 run" not in done.stdout
+
+
+def test_the_doctor_s_json_holds_blocks_activations_and_segments(otprune: Otprune) -> None:
+    found = json.loads(otprune("doctor", *DEEP, "--json").stdout)
+    assert [block["block"] for block in found["blocks"]] == ["1", "2", "3", "4"]
+    assert [site["name"] for site in found["activations"]] == [f"{i}.act" for i in range(1, 5)]
+    assert found["segments"][0]["layers"] == ["1.up", "1.down"]
+    assert found["stuck"] == []
+
+
+@pytest.mark.parametrize("command", ["plan", "apply"])
+def test_removed_layers_are_printed_with_what_stands_in(command: str, otprune: Otprune) -> None:
+    Path("depth.yaml").write_text("rules: {kind: layers, drop: 2}\n")
+    done = otprune(command, *DEEP, "-p", "depth.yaml", "-o", "out.json")
+    assert done.exit_code == 0, done.output
+    assert "removed layer" in done.stdout and "affine" in done.stdout
+    kept = "layers: 4 -> 2 (50.0% kept)" if command == "plan" else "layers on offer"
+    assert kept in done.stdout
+
+
+def test_a_plan_without_cuts_has_no_table_of_groups(otprune: Otprune) -> None:
+    Path("depth.yaml").write_text("rules: {kind: layers, drop: 2}\n")
+    done = otprune("plan", *DEEP, "-p", "depth.yaml")
+    assert "units" not in done.stdout
+    assert "out of their lists, so that later layers move up: " in done.stdout
 
 
 def test_the_schema_accepts_the_policy_of_the_examples(otprune: Otprune) -> None:

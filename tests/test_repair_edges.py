@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import torch_otprune as otp
 from tests.cases import cut
 from tests.test_repair_contract import patient, repair
-from torch_otprune.attach import _needs
+from torch_otprune.attach.needs import needs_of
 from torch_otprune.criteria.base import Need
 from torch_otprune.policy.registry import REPAIRS
 from torch_otprune.repair import Note, Patient, Repair, register
@@ -196,13 +196,13 @@ def hungry() -> Iterator[type[Repair]]:
     REPAIRS.remove("hungry")
 
 
-def test_a_repair_asks_for_the_statistics_that_it_needs(hungry: type[Repair]) -> None:
+def test_a_repair_asks_for_the_statistics_that_itneeds_of(hungry: type[Repair]) -> None:
     def policy(name: str) -> otp.Policy:
         return otp.Policy(rules=[otp.Channels(keep="50%", criterion="magnitude", repair=name)])
 
-    assert _needs(policy("hungry")) == hungry.needs
-    assert _needs(policy("least_squares")) == _needs(policy("reconstruct")) == {"moments"}
-    assert _needs(policy("norm")) == _needs(policy("none")) == frozenset()
+    assert needs_of(policy("hungry")) == hungry.needs
+    assert needs_of(policy("least_squares")) == needs_of(policy("reconstruct")) == {"moments"}
+    assert needs_of(policy("norm")) == needs_of(policy("none")) == frozenset()
 
 
 def test_a_repair_that_refits_is_priced_as_one(hungry: type[Repair]) -> None:

@@ -10,7 +10,10 @@ from cases import CASES
 from torch import Tensor, nn
 
 import torch_otprune as otp
+from torch_otprune.doctor.text import pattern, tables
 from torch_otprune.errors import StructureError
+from torch_otprune.fold import segments
+from torch_otprune.report import count_macs, count_params
 from torch_otprune.structure import trace
 from torch_otprune.structure.doctor import FATES
 
@@ -112,3 +115,189 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_an_example_of_the_wrong_shape_is_refused() -> None:
     with pytest.raises(StructureError, match="does not run on the example"):
         otp.doctor(Mixed(), torch.randn(3, 7))
+
+
+# Depth
+
+
+class Stack(nn.Module):
+    """Residual blocks with a convolution and a norm in front; some cannot go."""
+
+    def __init__(self, depth: int = 3, act: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.layers = nn.ModuleList(Half(act) for _ in range(depth))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Half(nn.Module):
+    """Two convolutions with an activation between."""
+
+    def __init__(self, act: type[nn.Module]) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Conv2d(4, 6, 1), act(), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.up(x)))
+
+
+class Twice(Stack):
+    """Runs its first block once more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.layers[0](self.norm(self.stem(x))).mean()
+
+
+def images() -> Tensor:
+    """A batch."""
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_the_doctor_lists_what_the_analysis_found_in_depth(name: str) -> None:
+    model, batch = CASES[name].model(), CASES[name].batch()
+    graph, found = trace(model, batch), otp.doctor(model, batch)
+    assert {b.block for b in found.blocks} <= {b.name for b in graph.blocks}
+    told = {b.block for b in found.blocks} | {s.name for s in found.stuck}
+    assert {b.name for b in (*graph.blocks, *graph.stuck)} == told
+    assert [a.name for a in found.activations] == [s.name for s in graph.sites]
+
+
+def test_what_a_block_frees_is_what_is_gone_once_it_is_removed() -> None:
+    for place in range(3):
+        model = Stack().eval()
+        block = otp.doctor(model, images()).blocks[place]
+        assert (block.params.before, block.macs.before) == (
+            count_params(model),
+            count_macs(model, images()),
+        )
+        rule = otp.Layers(targets=block.block, drop=1, replace="identity", repair=())
+        otp.prune_(model, otp.Policy(rules=rule), [images()], timing=0)
+        assert count_params(model) == block.params.after
+        assert count_macs(model, images()) == block.macs.after
+
+
+def test_blocks_that_follow_one_another_share_a_chain() -> None:
+    blocks = otp.doctor(Stack(), images()).blocks
+    assert [(b.block, b.chain, b.place, b.level, b.kind, b.channels) for b in blocks] == [
+        (f"layers.{i}", "layers.0", i, "layer", "block", 4) for i in range(3)
+    ]
+
+
+def test_the_halves_of_a_transformer_layer_are_parts_and_free_less_than_the_layer() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    found = otp.doctor(model, torch.randn(2, 5, 8))
+    whole = {b.block: b for b in found.blocks if b.level == "layer"}
+    parts = [b for b in found.blocks if b.level == "part"]
+    assert set(whole) == {"layers.0", "layers.1"} and len(parts) == 4
+    for part in parts:
+        layer = whole[".".join(part.block.split(".")[:2])]
+        assert layer.params.after < part.params.after < part.params.before
+
+
+def test_a_parameter_says_with_which_block_it_goes() -> None:
+    found = {f.parameter: f.blocks for f in otp.doctor(Stack(), images()).findings}
+    assert found["layers.1.up.weight"] == ("layers.1",)
+    assert found["head.weight"] == ()
+
+
+def test_a_block_that_runs_twice_is_stuck_with_the_fix() -> None:
+    found = otp.doctor(Twice(), images())
+    (stuck,) = (s for s in found.stuck if s.name == "layers.0")
+    assert stuck.reason == "it runs 2 times per forward pass, with one set of weights"
+    assert stuck.fix.startswith("give every repetition a module of its own")
+    assert "layers.0" not in {b.block for b in found.blocks}
+
+
+def test_blocks_that_share_a_tensor_are_stuck() -> None:
+    model = Stack()
+    model.layers[2].up.weight = model.layers[0].up.weight
+    found = otp.doctor(model, images())
+    assert [b.block for b in found.blocks] == ["layers.1"]
+    assert {s.name: (s.reason, s.fix) for s in found.stuck} == {
+        f"layers.{i}": (f"'layers.{i}.up' shares a tensor with another layer", "untie the weights.")
+        for i in (0, 2)
+    }
+
+
+def test_an_activation_says_whether_it_can_become_linear() -> None:
+    sites = {a.name: a for a in otp.doctor(Stack(), images()).activations}
+    assert sites["layers.0.act"].between == ("layers.0.up", "layers.0.down")
+    assert (sites["layers.0.act"].reason, sites["layers.0.act"].functional) == ("", False)
+    called = sites[":relu"]
+    assert called.functional and "functional F.relu in Stack.forward" in called.reason
+    assert called.fix == "write it as nn.ReLU."
+
+
+def test_what_folds_now_and_what_would_are_told_apart() -> None:
+    model = Stack()
+    found = otp.doctor(model, images()).segments
+    assert found == segments(model, images())
+    when = {s.layers: s.activations for s in found}
+    assert when["stem", "norm"] == ()
+    assert when["layers.1.up", "layers.1.down"] == ("layers.1.act",)
+
+
+def test_no_segment_needs_an_activation_that_cannot_become_linear() -> None:
+    found = otp.doctor(Stack(act=nn.PReLU), images())
+    assert [s.layers for s in found.segments] == [("stem", "norm")]
+
+
+def test_a_hundred_layers_are_a_page_and_the_full_list_is_longer() -> None:
+    found = otp.doctor(Stack(100), images())
+    text = str(found)
+    assert len(text.splitlines()) < 50 and "layers.*" in text
+    assert "100 in 1 run" in text and "layers.57" not in text
+    assert all(f"\nlayers.{i} " in found.listed() for i in range(100))
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_every_entry_is_counted_in_exactly_one_row(name: str) -> None:
+    found = otp.doctor(CASES[name].model(), CASES[name].batch())
+    short, full = tables(found), tables(found, every=True)
+    counts = {title: sum(int(row[1].split()[0]) for row in rows) for title, rows in short.items()}
+    assert counts == {title: len(rows) for title, rows in full.items()}
+    assert counts["blocks"] == len(found.blocks) and counts["stuck"] == len(found.stuck)
+    assert counts["activations"] == len(found.activations)
+    assert counts["segments"] == len(found.segments)
+
+
+def test_a_row_for_several_is_a_target_for_all_of_them() -> None:
+    model = Stack(4).eval()
+    (row,) = tables(otp.doctor(model, images()))["blocks"]
+    rule = otp.Layers(targets=row[0], drop=1)
+    with otp.attach(model, otp.Policy(rules=rule)) as attached:
+        model(images())
+        assert attached.plan().layers.before == 4
+
+
+def test_numbers_in_a_sentence_are_no_paths() -> None:
+    said = "it runs 3 times, reads [6, 8] and 'a.0.b' (x2)"
+    assert pattern(said) == "it runs 3 times, reads [6, 8] and 'a.*.b' (x2)"
+
+
+def test_where_channels_cannot_be_followed_the_blocks_are_still_listed() -> None:
+    cases = pytest.importorskip("transformers_cases", reason="Transformers is not installed")
+    case = cases.CASES["gpt2"]
+    model = case.model()
+    with pytest.raises(StructureError, match="dependency trace failed"):
+        trace(model, case.example())
+    found = otp.doctor(model, case.example())
+    assert len([b for b in found.blocks if b.level == "layer"]) == cases.DEPTH
+    assert found.share("blocked") == 1 and found.groups == ()
+    assert all("the dependency trace failed" in f.reason for f in found.findings)
+
+
+def test_a_reason_that_is_long_is_told_once_and_counted_elsewhere() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3)
+    found = otp.doctor(model, torch.randn(2, 5, 8))
+    short, full = tables(found)["stays"], tables(found, every=True)["stays"]
+    assert len(short) < len(full) == len(found.stays())
+    assert any("more reasons)" in row[4] for row in short)
+    assert [row[4] for row in full] == [reason for _, _, reason, _ in found.stays()]

@@ -69,7 +69,7 @@ def test_without_a_compiler_torch_takes_over_and_says_so_once() -> None:
         import torch
         from torch_otprune import transport
         from torch_otprune.transport import dispatch, keops
-        words = [transport.explain(100_000, d=2) for _ in range(3)]
+        words = [transport.explain(100_000, d=2, device="cuda") for _ in range(3)]
         assert all(line.startswith("blocks") for line in words), words
     """
     done = run(code, PATH="/nonexistent", CXX="")

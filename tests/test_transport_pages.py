@@ -8,10 +8,12 @@ import pytest
 
 from benchmarks import plot_transport, transport
 from benchmarks.common import read_json
+from benchmarks.transport_thresholds import IN_FORCE, QUESTIONS, contradicts
 from torch_otprune.transport.dispatch import TABLE, Problem, choose
 
 DOCS = Path(__file__).parent.parent / "docs"
-GRID = read_json(plot_transport.RESULTS).get("grid", {})
+RESULTS = read_json(plot_transport.RESULTS)
+GRID, THRESHOLDS = RESULTS.get("grid", {}), RESULTS.get("thresholds", {})
 MEASURED = [key for key, row in GRID.items() if key.endswith(" ours") and "seconds" in row]
 
 
@@ -116,3 +118,84 @@ def test_a_slow_method_is_not_tried_where_it_has_more_to_do() -> None:
     said = "over the limit of 20 s: at d = 4 already"
     assert transport.known_slow(rows, "geomloss online", 8192, 16) == said
     assert transport.known_slow(rows, "POT exact", 8192, 16) is None
+
+
+@pytest.mark.parametrize("name", sorted(IN_FORCE))
+def test_no_measured_place_speaks_against_a_threshold(name: str) -> None:
+    rows = [row for row in THRESHOLDS.values() if row["threshold"] == name]
+    if not rows:
+        pytest.skip("the committed results were measured before this section was there")
+    assert not [row for row in rows if contradicts(row, IN_FORCE[name])]
+
+
+def test_every_threshold_is_measured_on_both_sides_or_up_to_what_fits() -> None:
+    below = {name for name, asked in QUESTIONS.items() if min(asked[2]) <= IN_FORCE[name]}
+    above = {name for name, asked in QUESTIONS.items() if max(asked[2]) > IN_FORCE[name]}
+    assert below == set(IN_FORCE) - {"LOW_CPU"}  # at 0 there is nothing below it
+    assert above == {"REPEAT", "PROGRAM", "LOW_CPU", "REDUCED"}  # more costs or points do not fit
+
+
+@pytest.mark.parametrize(
+    ("at", "low", "high", "wrong"),
+    [(10, 1.0, 1.0, False), (10, 2.0, 1.0, True), (50, 1.0, 2.0, True), (50, 2.0, 1.0, False)],
+)
+def test_a_threshold_is_contradicted_by_the_side_that_it_refuses(
+    at: int, low: float, high: float, wrong: bool
+) -> None:
+    row = {"at": at, "low_seconds": low, "high_seconds": high, "worth": 1.0}
+    assert contradicts(row, 20) is wrong
+
+
+def _known(**seconds: float) -> dict[str, object]:
+    sizes = {int(key[1:]): value for key, value in seconds.items()}
+    rows = {f"{n} 4 value POT exact": {"seconds": s} for n, s in sizes.items()}
+    return {"grid": rows, "rates": {"gpairs": 0.5}}
+
+
+def test_a_peer_is_foreseen_from_its_own_growth() -> None:
+    found = transport.foreseen(_known(n512=0.01, n2048=0.64), "POT exact", 8192, 4, "value")
+    assert found is not None
+    assert found[0] == pytest.approx(0.64 * 4**3)
+
+
+def test_a_peer_that_was_never_measured_is_tried() -> None:
+    assert transport.foreseen({"grid": {}, "rates": {}}, "POT exact", 64, 4, "value") is None
+
+
+def test_ours_is_foreseen_from_the_rate_of_the_machine_where_costs_do_not_fit() -> None:
+    found = transport.foreseen(_known(), "ours", 100_000, 16, "plan")
+    assert found is not None
+    assert found[0] == pytest.approx(60 * 1e10 / 0.5e9)
+
+
+def test_a_cell_far_over_the_limit_is_not_started_and_says_what_it_would_take() -> None:
+    data = _known(n512=1.0, n2048=16.0)
+    row = transport._cell(data, "POT exact", 8192, 4, "value", 20.0)
+    assert row["estimate"] == pytest.approx(256.0)
+    assert row["skipped"].startswith("not run: about 2.6e+02 s expected (16 s at n = 2048")
+
+
+def test_a_cloud_that_does_not_fit_is_not_started() -> None:
+    said = transport.fits(transport.METHODS["ours"], 100_000, 4096)
+    assert said == "not run: clouds of 4e+08 numbers, with their copies, do not fit in memory"
+
+
+def test_rows_for_a_gpu_say_why_they_are_empty() -> None:
+    import torch
+
+    from benchmarks.transport_cases import GPU, gpu
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here, and so figures")
+    data: dict[str, object] = {}
+    gpu(data)
+    assert data["gpu"] == dict.fromkeys(GPU, "not run: this machine has no CUDA device")
+
+
+def test_the_page_shows_where_thresholds_come_from_once_they_are_measured() -> None:
+    row = {
+        "threshold": "REPEAT", "at": 768, "low": "assignment of copies", "high": "linear program",
+        "low_seconds": 0.1, "high_seconds": 0.2, "worth": 1.0,
+    }  # fmt: skip
+    page = plot_transport.dispatch_page(RESULTS | {"thresholds": {"REPEAT 768": row}})
+    assert "| REPEAT | 1536 | 768 | assignment of copies | 0.1 | linear program | 0.2 | 1 |" in page

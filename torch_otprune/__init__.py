@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch_otprune.attach import Attached, attach, observe
+    from torch_otprune.doctor import Diagnosis, doctor
     from torch_otprune.errors import OTPruneError
     from torch_otprune.pipeline import apply_, prune_
     from torch_otprune.plan import Plan
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     )
     from torch_otprune.report import Report
     from torch_otprune.store import load, save
-    from torch_otprune.structure.doctor import Diagnosis, doctor
 
 __version__ = "0.1.0"
 
@@ -51,7 +51,7 @@ __all__ = [
 
 # Where the names come from, on first use: `otprune --help` must not wait for torch. All at
 # once, because that also fills the tables of criteria and repairs.
-_HOMES = ("attach", "errors", "pipeline", "plan", "policy", "report", "store", "structure.doctor")
+_HOMES = ("attach", "doctor", "errors", "pipeline", "plan", "policy", "report", "store")
 
 
 class _Front(ModuleType):

@@ -14,6 +14,7 @@ from torch_otprune.statistics import Observation
 from torch_otprune.structure import Graph, evaluating, flat_tensors, run
 from torch_otprune.surgery import (
     compact_,
+    compared,
     copied,
     cut_,
     disagreement,
@@ -75,13 +76,9 @@ def _check_steady(model: nn.Module, example: Any) -> None:
 
 
 def _failures(model: nn.Module, plan: Plan, example: Any) -> dict[str, str]:
-    off = {cut.group: disagreement(model, [cut], example) for cut in plan.cuts}
-    off |= {drop.block: disagreement(model, [], example, drops=[drop]) for drop in plan.drops}
-    return {
-        name: f"cut and masked outputs differ by {far:.1e} of the largest output"
-        for name, far in off.items()
-        if far > tolerance(model)
-    }
+    off = {cut.group: compared(model, [cut], example) for cut in plan.cuts}
+    off |= {drop.block: compared(model, [], example, drops=[drop]) for drop in plan.drops}
+    return {name: said for name, (far, said) in off.items() if far > tolerance(model)}
 
 
 def _compacted(model: nn.Module, plan: Plan, example: Any) -> Plan:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from torch_otprune.attach import EXAMPLE, attach, check_unattached, observe
+from torch_otprune.attach import (
+    EXAMPLE,
+    attach,
+    check_unattached,
+    looks_at_channels,
+    observe,
+)
+from torch_otprune.fold import changes, linearize_, lines_of, refold_, refolded
 from torch_otprune.plan import Plan
-from torch_otprune.policy import Policy
-from torch_otprune.repair import Note, Patient, Repair
+from torch_otprune.policy import Layers, Policy
+from torch_otprune.repair import LeastSquares, Note, Patient, Repair
 from torch_otprune.repair.lockstep import distance
+from torch_otprune.repair.replace import Affine, Fitted
+from torch_otprune.repair.replace.base import hand_norms_
 from torch_otprune.report import Report
 from torch_otprune.statistics import collect, rebatched
 from torch_otprune.statistics.reduce import share
+from torch_otprune.statistics.sites import watch_sites
 from torch_otprune.store import WayBack
 from torch_otprune.structure import Graph, head, trace
 from torch_otprune.surgery import (
@@ -97,10 +108,11 @@ def apply_(
         batches = rebatched(collect(model, data, share(plan.policy.calibration.samples)))
         watch, snapshot, dense = Stopwatch(progress), Snapshot(model), copied(model)
         with watch("analyse"):
-            graph = trace(dense, head(batches[0], EXAMPLE))
+            some = head(batches[0], EXAMPLE)
+            graph = trace(dense, some, channels=looks_at_channels(plan.policy))
         check_slices(graph, plan)
         try:
-            notes, raw = _operate(model, dense, graph, plan, batches, watch=watch)
+            notes, raw, added = _operate(model, dense, graph, plan, batches, watch=watch)
             with watch("verify"):
                 layers = measure_layers((dense, raw, model), graph, plan, batches)
                 take_out_(model, plan.compacted)  # last: paths change
@@ -110,6 +122,7 @@ def apply_(
                     plan,
                     batches,
                     layers=layers,
+                    added=added,
                     notes=notes,
                     seconds=watch.seconds,
                     timing=timing,
@@ -128,14 +141,31 @@ def _operate(
     batches: Sequence[Any],
     *,
     watch: Stopwatch,
-) -> tuple[list[Note], nn.Module]:
-    """Cut and repair; return what the repairs did and a copy from before them."""
+) -> tuple[list[Note], nn.Module, dict[str, int]]:
+    """Cut, fold and repair; return notes, a copy from before the repairs, what folds cost."""
     with watch("cut"):
         cut_(model, plan.cuts)
         exchange_(model, plan.drops)
+    with watch("fold"):
+        added = _fold_(model, dense, graph, plan, batches)
     raw = copied(model)
     with watch("repair"):
-        return repair_(model, dense, graph, plan, batches, progress=watch.progress), raw
+        notes = repair_(model, dense, graph, plan, batches, progress=watch.progress)
+    return notes, raw, added
+
+
+def _fold_(
+    model: nn.Module, dense: nn.Module, graph: Graph, plan: Plan, batches: Sequence[Any]
+) -> dict[str, int]:
+    """Make activations linear and fold what is linear then; return what that adds to each cost."""
+    chosen = {line.site for line in plan.lines}
+    sites = [site for site in graph.sites if site.name in chosen]
+    with torch.no_grad():
+        linearize_(model, plan.lines, lines_of(plan, watch_sites(dense, sites, batches)))
+        some = head(batches[0], EXAMPLE)
+        added = changes(model, plan, some)
+        refold_(model, plan.foldings, example=some)
+    return added
 
 
 def repair_(
@@ -165,28 +195,48 @@ def repair_(
         for place, repair in enumerate(rule.repair):
             assert isinstance(repair, Repair)
             asked.setdefault((place, repair), []).append(index)
-    notes: list[Note] = []
+    left, aims = refolded(graph, plan)
+    whole = Patient(
+        dense,
+        model,
+        left,
+        plan.cuts,
+        plan.cuts,
+        batches,
+        drops=plan.drops,
+        gone=plan.drops,
+        foldings=plan.foldings,
+        rewritten=aims,
+        seed=plan.policy.seed,
+        progress=progress,
+    )
+    notes = _replace_(whole, plan)
     for (_, repair), rules in sorted(asked.items(), key=lambda item: item[0][0]):
         cuts = [cut for cut in plan.cuts if cut.rule in rules]
         drops = [drop for drop in plan.drops if drop.rule in rules]
-        if cuts or drops:
-            patient = Patient(
-                dense,
-                model,
-                graph,
-                cuts,
-                plan.cuts,
-                batches,
-                drops=drops,
-                gone=plan.drops,
-                seed=plan.policy.seed,
-                progress=progress,
-            )
-            notes += _guarded(repair, patient)
+        lines = [line for line in plan.lines if line.rule in rules]
+        if cuts or drops or lines:
+            notes += _guarded(repair, replace(whole, cuts=cuts, drops=drops, lines=lines))
     return notes
 
 
-def _guarded(repair: Repair, patient: Patient) -> list[Note]:
+def _replace_(patient: Patient, plan: Plan) -> list[Note]:
+    """Fit what stands in for removed blocks, unless a repair is about to do just that."""
+    notes: list[Note] = []
+    for index, rule in enumerate(plan.policy.rules):
+        drops = [drop for drop in plan.drops if drop.rule == index]
+        if not (drops and isinstance(rule, Layers) and isinstance(rule.replace, Fitted)):
+            continue
+        refits = any(isinstance(repair, LeastSquares) for repair in rule.repair)
+        own = replace(patient, cuts=(), drops=drops)
+        if isinstance(rule.replace, Affine) and refits:
+            hand_norms_(own)
+        else:
+            notes += _guarded(rule.replace, own)
+    return notes
+
+
+def _guarded(repair: Repair | Fitted, patient: Patient) -> list[Note]:
     """Run a repair, and take it back whole if the output ends further from the dense one."""
     models, some = (patient.dense, patient.small), patient.batches[:_GUARD]
     before, snapshot = distance(*models, some), Snapshot(patient.small)

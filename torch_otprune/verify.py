@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from torch_otprune.errors import VerificationError
-from torch_otprune.plan import Cost, Plan
+from torch_otprune.fold import refolded
+from torch_otprune.plan import Cost, Plan, stand_ins
 from torch_otprune.repair import Note
 from torch_otprune.repair.blocks import blocks
 from torch_otprune.report import (
@@ -69,6 +70,7 @@ def verify(
     batches: Sequence[Any],
     *,
     layers: tuple[LayerError, ...],
+    added: Mapping[str, int],
     notes: Sequence[Note],
     seconds: Mapping[str, float],
     timing: float,
@@ -81,6 +83,7 @@ def verify(
         plan: what was carried out.
         batches: calibration batches.
         layers: what `measure_layers` found.
+        added: what lines and folds add to each cost at this size, as predicted.
         notes: what the repairs did.
         seconds: time by stage so far.
         timing: seconds to spend on measuring latency; 0 leaves it out.
@@ -93,7 +96,7 @@ def verify(
     """
     dense, _, small = models
     some = _some(batches)
-    costs = _costs((dense, small), graph, plan, some[0])
+    costs = _costs((dense, small), graph, plan, batch=some[0], added=added)
     expected, cut, mended = (_outputs(net, some) for net in models)
     off = OutputError(
         before_repair=output_error(expected, cut), after_repair=output_error(expected, mended)
@@ -137,8 +140,9 @@ def _places(dense: nn.Module, graph: Graph, plan: Plan) -> list[str]:
     """List the blocks around cuts, and the linear layers that write straight to what follows."""
     # Where an output is added to a stream, a repair may rightly change it to mend the stream.
     around = [path for path in blocks(dense, plan.cuts) if not gone(plan.drops, path)]
-    straight = [p for p in graph.order if not (p in graph.tails and graph.tails[p].added)]
-    straight = [path for path in straight if not gone(plan.drops, path)]
+    left, aims = refolded(graph, plan)
+    straight = [p for p in left.order if not (p in left.tails and left.tails[p].added)]
+    straight = [aims[p][0] if p in aims else p for p in straight if not gone(plan.drops, p)]
     order = [name for name, _ in dense.named_modules()]
     return sorted({*around, *straight}, key=order.index)
 
@@ -155,18 +159,24 @@ def _noted(note: Note) -> RepairNote:
 
 
 def _costs(
-    models: tuple[nn.Module, nn.Module], graph: Graph, plan: Plan, batch: Any
+    models: tuple[nn.Module, nn.Module],
+    graph: Graph,
+    plan: Plan,
+    *,
+    batch: Any,
+    added: Mapping[str, int],
 ) -> dict[str, Cost]:
     """Count both models and hold the cost model to its word, on this batch's input size."""
     dense, small = models
     keep = graph.full() | plan.keep()
     removed = [graph.block(drop.block) for drop in plan.drops]
+    instead = stand_ins(plan, graph)
     found = {
         "params": Cost(before=count_params(dense), after=count_params(small)),
         "macs": Cost(before=count_macs(dense, batch), after=count_macs(small, batch)),
     }
     for name, cost in found.items():
-        promised = graph.costs[name].gated(removed).at(keep)
+        promised = graph.costs[name].gated(removed, instead[name]).at(keep) + added[name]
         if cost.after != promised:
             raise VerificationError(
                 f"{name} are {cost.after:,}; the plan predicted {promised:,}.",

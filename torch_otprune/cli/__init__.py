@@ -73,13 +73,16 @@ def doctor(
         str,
         typer.Option("--example", "--data", "-d", help="A batch or batches, as for --data."),
     ],
+    every: Annotated[
+        bool, typer.Option("--all", "-a", help="A row for every module, not one for all alike.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Explain every parameter: its group, or why it cannot be cut."""
+    """Explain what can go: channels, layers, activations; and what cannot, why."""
     with screen(json=json) as show:
         from torch_otprune.cli.actions import diagnose
 
-        diagnose(show, model, example)
+        diagnose(show, model, example, every=every)
 
 
 @app.command()

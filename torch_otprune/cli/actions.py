@@ -15,60 +15,55 @@ from torch_otprune.attach import attach, observe
 from torch_otprune.cli import names
 from torch_otprune.cli.files import check_directory, check_file, read_plan, write
 from torch_otprune.cli.screen import Bars, Screen
+from torch_otprune.doctor import doctor
+from torch_otprune.doctor.text import HEADS, tables
 from torch_otprune.errors import OTPruneError, PolicyError, StructureError, VerificationError
 from torch_otprune.pipeline import apply_
 from torch_otprune.plan import Plan
 from torch_otprune.policy import Policy, policy_of
 from torch_otprune.report import agreement, count_macs, count_params
+from torch_otprune.report.table import depth_sections, plan_costs
 from torch_otprune.statistics import collect
 from torch_otprune.store import load, plan_of, save
 from torch_otprune.store.files import PLAN
 from torch_otprune.structure import evaluating, flat_tensors, run
-from torch_otprune.structure.doctor import Diagnosis, doctor
 
 __all__ = ["carry_out", "check", "diagnose", "make_plan", "print_schema", "run_demo"]
 
 _CHECKED = 256  # samples that `verify` runs
 
 
-def diagnose(show: Screen, model: str, example: str) -> None:
-    """Explain every parameter of a model.
+def diagnose(show: Screen, model: str, example: str, *, every: bool) -> None:
+    """Explain what can go from a model, and what keeps the rest.
 
     Args:
         show: where to print.
         model: name of the factory.
         example: name of batches, of which the first is used.
+        every: print a row for every module, not one for all that are alike.
 
     Raises:
-        StructureError: after printing, if nothing could be cut.
+        StructureError: after printing, if nothing could go.
     """
     net = names.model(model)
     batch = collect(net, names.data(example, "--example"), 2)[0]
     found = doctor(net, batch)
     show.data(found.to_json())
-    _show_diagnosis(show, found)
-    if not found.groups:
+    show.text(f"{found.model}: {found.params:,} parameters, {found.macs:,} MACs per sample", "")
+    show.table(("parameters", "elements", "share", ""), found.totals(), numbers=(1, 2))
+    for title, rows in tables(found, every=every).items():
+        if rows:
+            show.table(HEADS[title], rows, numbers=_NUMBERS.get(title, (1,)))
+    if not (found.groups or found.blocks or found.segments):
         raise StructureError(
-            "nothing could be pruned: no group of channels can be cut.",
+            "nothing could be pruned: no group of channels can be cut, no layer can go, and "
+            "nothing folds.",
             where=f"MODEL {model}",
             fix="change the model as the diagnosis says, or prune another one.",
         )
 
 
-def _show_diagnosis(show: Screen, found: Diagnosis) -> None:
-    show.text(f"{found.model}: {found.params:,} parameters, {found.macs:,} MACs per sample", "")
-    show.table(("parameters", "elements", "share", ""), found.totals(), numbers=(1, 2))
-    if found.groups:
-        head = ("group", "units", "params/unit", "MACs/unit", "from", "via", "to")
-        counts = [(w.units, w.params_per_unit, w.macs_per_unit) for w in found.groups]
-        paths = [(w.producers, w.carriers, w.consumers) for w in found.groups]
-        rows = [
-            (ward.group, *(f"{n:,}" for n in count), *("\n".join(p) for p in path))
-            for ward, count, path in zip(found.groups, counts, paths, strict=True)
-        ]
-        show.table(head, rows, numbers=(1, 2, 3))
-    if stays := found.stays():
-        show.table(("stays", "", "because", "fix"), stays)
+_NUMBERS = {"groups": (1, 2, 3, 4), "blocks": (3, 4, 5), "activations": (1, 3), "segments": (1,)}
 
 
 def make_plan(
@@ -123,16 +118,21 @@ def _decide(net: nn.Module, policy: Policy | None, data: Any, bars: Bars) -> tup
 
 
 def _show_plan(show: Screen, plan: Plan) -> None:
-    rows = [
-        (c.group, str(c.units), str(len(c.keep)), f"{c.error:.3f}", c.reason) for c in plan.cuts
-    ]
-    show.table(("group", "units", "keep", "error", "reason"), rows, numbers=(1, 2, 3))
-    for name, cost in (("params", plan.params), ("macs", plan.macs)):
+    if plan.cuts:
+        rows = [
+            (c.group, str(c.units), str(len(c.keep)), f"{c.error:.3f}", c.reason) for c in plan.cuts
+        ]
+        show.table(("group", "units", "keep", "error", "reason"), rows, numbers=(1, 2, 3))
+    for section in depth_sections(plan):
+        show.table(section.head, section.rows, numbers=section.numbers)
+    for name, cost in plan_costs(plan):
         show.text(f"{name}: {cost.before:,} -> {cost.after:,} ({cost.ratio:.1%} kept)")
+    if plan.compacted:
+        show.text(f"out of their lists, so that later layers move up: {', '.join(plan.compacted)}")
     if plan.refused:
         show.text("")
         refused = [(r.group, r.reason, r.fix) for r in plan.refused]
-        show.table(("not cut", "because", "fix"), refused)
+        show.table(("stays", "because", "fix"), refused)
     for note in plan.notes:
         show.text(f"note: {note}")
 

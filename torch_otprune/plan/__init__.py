@@ -1,7 +1,22 @@
 """Rankings and a budget in, one frozen plan out."""
 
 from torch_otprune.plan.build import make_plan
-from torch_otprune.plan.depth import owned_blocks  # and registers its proposer
-from torch_otprune.plan.model import Cost, Cut, Drop, Plan, Refusal, Slice
+from torch_otprune.plan.depth import owned_blocks, stand_ins  # and registers its proposer
+from torch_otprune.plan.linearize import check_lines, owned_sites
+from torch_otprune.plan.model import Cost, Cut, Drop, Folding, Line, Plan, Refusal, Slice
 
-__all__ = ["Cost", "Cut", "Drop", "Plan", "Refusal", "Slice", "make_plan", "owned_blocks"]
+__all__ = [
+    "Cost",
+    "Cut",
+    "Drop",
+    "Folding",
+    "Line",
+    "Plan",
+    "Refusal",
+    "Slice",
+    "check_lines",
+    "make_plan",
+    "owned_blocks",
+    "owned_sites",
+    "stand_ins",
+]

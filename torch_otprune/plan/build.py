@@ -13,7 +13,7 @@ from torch_otprune.errors import BudgetError
 from torch_otprune.plan.allocate import Choice, allocate
 from torch_otprune.plan.model import Cost, Cut, Drop, Plan
 from torch_otprune.plan.propose import PROPOSERS, Candidate, Case, Offer
-from torch_otprune.policy import Policy
+from torch_otprune.policy import Linearize, Policy
 from torch_otprune.statistics.observation import Observation
 from torch_otprune.structure.fingerprint import fingerprint
 from torch_otprune.structure.graph import CostModel, Dim, Graph, Term
@@ -55,7 +55,7 @@ def make_plan(
     choices += _whole(graph, {c.name for c in candidates})
     found = allocate(choices, costs=costs, limits=_limits(policy, costs, dense))
     made = [c.decide(found.keep[c.name]) for c in candidates if found.keep[c.name] < c.units]
-    if not made:
+    if not made and not any(isinstance(rule, Linearize) for rule in policy.rules):
         raise BudgetError(
             "nothing would be removed.",
             where=_where(policy, candidates),
@@ -82,7 +82,10 @@ def make_plan(
 
 def _costs(graph: Graph, offer: Offer) -> tuple[dict[str, CostModel], dict[str, int]]:
     """Add the blocks on offer to the costs, and a measure that counts them."""
-    costs = {name: cost.gated(offer.blocks) for name, cost in graph.costs.items()}
+    costs = {
+        name: cost.gated(offer.blocks, {b: c.get(name, 0) for b, c in offer.stand_ins.items()})
+        for name, cost in graph.costs.items()
+    }
     count = tuple(Term(b.name, 1, (Dim(0, ((b.name, 1),)),)) for b in offer.blocks)
     costs["layers"] = CostModel("layers", count)
     return costs, graph.full() | {block.name: 1 for block in offer.blocks}
@@ -127,6 +130,7 @@ def _offers(case: Case) -> Offer:
                 (*found.candidates, *more.candidates),
                 (*found.refused, *more.refused),
                 (*found.blocks, *more.blocks),
+                {**found.stand_ins, **more.stand_ins},
             )
     return found
 

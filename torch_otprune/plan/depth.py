@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
 from typing import NoReturn
 
 import torch
 from torch import nn
 
+from torch_otprune.criteria.base import Ranking
 from torch_otprune.criteria.layers.base import LayerCriterion
 from torch_otprune.errors import BudgetError, PolicyError, StructureError
-from torch_otprune.plan.model import Drop, Refusal
+from torch_otprune.plan.model import Drop, Plan, Refusal
 from torch_otprune.plan.propose import Candidate, Case, Offer, felt, proposes
 from torch_otprune.plan.replacement import Replacement
 from torch_otprune.policy import Layers, Policy, match, module_classes, owner
 from torch_otprune.policy.targets import Classes
+from torch_otprune.statistics.depth import ChainEvidence
 from torch_otprune.statistics.stream import runs
 from torch_otprune.structure.graph import Block, Graph
 
-__all__ = ["owned_blocks", "propose_layers", "reached"]
+__all__ = ["owned_blocks", "propose_layers", "reached", "stand_ins"]
+
+_BANNED = "`ignore` it, or let the model use and return nothing of it but its stream."
 
 
 @proposes(Layers)
@@ -45,7 +51,32 @@ def propose_layers(case: Case, rules: Mapping[int, Layers]) -> Offer:
             _refuse(index, rule, refused)
         candidates += _candidates(case, index, rule, owned[index])
     blocks = tuple(block for found in owned.values() for block in found)
-    return Offer(tuple(candidates), tuple(refused), blocks)
+    stand_ins = {b.name: _standing(rules[i]).costs(b) for i in rules for b in owned[i]}
+    return Offer(tuple(candidates), tuple(refused), blocks, stand_ins)
+
+
+def stand_ins(plan: Plan, graph: Graph) -> dict[str, dict[str, int]]:
+    """Count what a plan puts in the place of removed blocks.
+
+    Args:
+        plan: the decisions.
+        graph: the dense model's analysis.
+
+    Returns:
+        measure to block to cost.
+    """
+    found: dict[str, dict[str, int]] = {name: {} for name in graph.costs}
+    for drop in plan.drops:
+        rule = plan.policy.rules[drop.rule]
+        assert isinstance(rule, Layers)
+        for measure, cost in _standing(rule).costs(graph.block(drop.block)).items():
+            found[measure][drop.block] = cost
+    return found
+
+
+def _standing(rule: Layers) -> Replacement:
+    assert isinstance(rule.replace, Replacement)
+    return rule.replace
 
 
 def owned_blocks(model: nn.Module, policy: Policy, graph: Graph) -> dict[int, list[Block]]:
@@ -105,23 +136,24 @@ def _offered(
 ) -> tuple[dict[int, list[Block]], list[Refusal]]:
     """Leave out what cannot go after all, with the reason."""
     owned = owned_blocks(case.model, case.policy, case.graph)
-    refused = list[Refusal]()
+    classes, ignore = module_classes(case.model), case.policy.ignore
+    refused = [  # whole layers first: what is inside of them comes next
+        Refusal(group=stuck.name, reason=stuck.reason, fix=stuck.fix)
+        for stuck in case.graph.stuck
+        if owner(list(rules.values()), stuck.name, classes, ignore=ignore) is not None
+    ]
     every = [block for blocks in owned.values() for block in blocks]
     for blocks in owned.values():
         for block in list(blocks):
             if why := _objection(case, block, every):
                 refused.append(Refusal(group=block.name, reason=why[0], fix=why[1]))
                 blocks.remove(block)
-    classes, ignore = module_classes(case.model), case.policy.ignore
-    for stuck in case.graph.stuck:
-        if owner(list(rules.values()), stuck.name, classes, ignore=ignore) is not None:
-            refused.append(Refusal(group=stuck.name, reason=stuck.reason, fix=stuck.fix))
     return owned, refused
 
 
 def _objection(case: Case, block: Block, every: Sequence[Block]) -> tuple[str, str] | None:
     if block.name in case.banned:
-        return case.banned[block.name], "leave this layer out with `ignore`."
+        return case.banned[block.name], _BANNED
     if outer := [b.name for b in every if b is not block and b.holds(block.name)]:
         return f"it is part of '{outer[0]}', which is on offer", "target one of the two."
     inside = {path for path in case.ties if block.holds(path)}
@@ -139,46 +171,79 @@ def _refuse(index: int, rule: Layers, refused: Sequence[Refusal]) -> NoReturn:
     )
 
 
+@dataclass(frozen=True)
+class _Ranked:
+    """A run of blocks, what is known about it, and the order in which its blocks would go."""
+
+    evidence: ChainEvidence
+    ranking: Ranking
+
+    def steps(self) -> dict[str, float]:
+        """Price every block by what it adds to those that go before it.
+
+        A block that is cheap only because others went is priced like the dearest of them, so
+        that none goes before its turn.
+
+        Returns:
+            block to price.
+        """
+        added = (self.ranking.curve[:-1] - self.ranking.curve[1:]).clamp_min(0)
+        prices = added.flip(0).cummax(0).values.flip(0).tolist()
+        order = self.ranking.order.tolist()
+        return {self.evidence.blocks[b]: p for b, p in zip(order, prices, strict=True)}
+
+
 def _candidates(case: Case, index: int, rule: Layers, blocks: Sequence[Block]) -> list[Candidate]:
     criterion = rule.criterion
     assert isinstance(criterion, LayerCriterion)
     _check_unit(case, index, criterion)
-    prices = _prices(case, criterion, blocks)
-    going = _going(case, index, rule, prices)
+    chains = [case.observation.chain([b.name for b in run]) for run in runs(blocks)]
+    ranked = [_Ranked(evidence, criterion.rank(evidence)) for evidence in chains]
+    prices = {name: price for found in ranked for name, price in found.steps().items()}
+    widths = _settled(case, index, rule, ranked)
     return [
-        _candidate(index, rule, block, prices[block.name], going.get(block.name, (0, 1)))
+        _candidate(index, rule, block, prices[block.name], widths.get(block.name, (0, 1)))
         for block in blocks
     ]
 
 
-def _prices(case: Case, criterion: LayerCriterion, blocks: Sequence[Block]) -> dict[str, float]:
-    """Price every block by what it adds to those of its chain that go before it."""
-    prices: dict[str, float] = {}
-    for run in runs(blocks):
-        evidence = case.observation.chain([block.name for block in run])
-        ranking = criterion.rank(evidence)
-        steps = ranking.curve[:-1] - ranking.curve[1:]
-        for place, step in zip(ranking.order.tolist(), steps.tolist(), strict=True):
-            prices[evidence.blocks[place]] = max(step, 0.0)
-    return prices
-
-
-def _going(
-    case: Case, index: int, rule: Layers, prices: Mapping[str, float]
+def _settled(
+    case: Case, index: int, rule: Layers, ranked: Sequence[_Ranked]
 ) -> dict[str, tuple[int, ...]]:
-    """Settle what a rule's own `drop` or `keep` decides, cheapest first."""
+    """Carry out what a rule's own `drop` or `keep` says, cheapest first."""
+    criterion = rule.criterion
+    assert isinstance(criterion, LayerCriterion)
+    prices = {name: price for found in ranked for name, price in found.steps().items()}
     count = rule.dropped(len(prices))
     if count is None:
         return {}
-    if count > len(prices):
-        stuck = "; ".join(f"{s.name}: {s.reason}" for s in case.graph.stuck[:3])
+    _check_count(case, index, rule, going=count, reached=len(prices))
+    going = set(sorted(prices, key=lambda name: (prices[name], name))[:count])
+    stay: set[str] = set()
+    for found in ranked:
+        names = found.evidence.blocks
+        kept = sum(name not in going for name in names)
+        best = criterion.refine(found.evidence, found.ranking.order[:kept])
+        stay |= {names[block] for block in best.tolist()}
+    return {name: (1,) if name in stay else (0,) for name in prices}
+
+
+def _check_count(case: Case, index: int, rule: Layers, *, going: int, reached: int) -> None:
+    """Refuse to drop more than there is, or a share that comes to nothing."""
+    if going > reached:
+        stuck = [*((s.name, s.reason) for s in case.graph.stuck), *case.banned.items()]
+        said = "; ".join(f"{name}: {reason}" for name, reason in stuck[:3])
         raise BudgetError(
-            f"rule {index} drops {count} layers, and {len(prices)} can go.",
-            where=f"Policy.rules[{index}].drop{f' ({stuck})' if stuck else ''}",
-            fix=f"drop at most {len(prices)}, or target more layers.",
+            f"rule {index} drops {going} layers, and {reached} can go.",
+            where=f"Policy.rules[{index}].drop{f' ({said})' if said else ''}",
+            fix=f"drop at most {reached}, or target more layers.",
         )
-    order = sorted(prices, key=lambda name: (prices[name], name))
-    return {name: (0,) if place < count else (1,) for place, name in enumerate(order)}
+    if going == 0 and rule.drop is not None:
+        raise BudgetError(
+            f"rule {index} drops {rule.drop:.3g} of {reached} layers, which is less than one.",
+            where=f"Policy.rules[{index}].drop",
+            fix=f"drop a whole number, or at least {ceil(100 / reached)} %.",
+        )
 
 
 def _check_unit(case: Case, index: int, criterion: LayerCriterion) -> None:
@@ -199,9 +264,8 @@ def _check_unit(case: Case, index: int, criterion: LayerCriterion) -> None:
 def _candidate(
     index: int, rule: Layers, block: Block, price: float, widths: tuple[int, ...]
 ) -> Candidate:
-    criterion, replace = rule.criterion, rule.replace
+    criterion, standing = rule.criterion, _standing(rule)
     assert isinstance(criterion, LayerCriterion)
-    assert isinstance(replace, Replacement)
     curve = torch.tensor([price, 0.0], dtype=torch.float64)
 
     def decide(size: int) -> Drop:
@@ -211,10 +275,10 @@ def _candidate(
             block=block.name,
             rule=index,
             criterion=criterion.kind,
-            replace=replace.kind,
+            replace=standing.kind,
             error=lost,
             reason=f"{criterion.kind}: {said}",
-            swaps=replace.swaps(block),
+            swaps=standing.swaps(block),
         )
 
     return Candidate(block.name, index, 1, curve, widths, decide)

@@ -12,7 +12,7 @@ from torch_otprune.errors import PlanError
 from torch_otprune.policy import Policy
 from torch_otprune.structure.graph import Swap
 
-__all__ = ["Cost", "Cut", "Drop", "Plan", "Refusal", "Slice"]
+__all__ = ["Cost", "Cut", "Drop", "Folding", "Line", "Plan", "Refusal", "Slice"]
 
 
 class _Frozen(BaseModel):
@@ -75,6 +75,41 @@ class Cost(_Frozen):
         return self.after / self.before if self.before else 1.0
 
 
+class Line(_Frozen):
+    """One activation that makes way for a line per channel, and why."""
+
+    site: str = Field(description="path of the activation")
+    rule: int = Field(ge=0, description="index of the rule in the policy that decided it")
+    criterion: str = Field(description="what ranked the activations")
+    surrogate: Literal["affine", "identity", "on_off"] = Field(description="which line")
+    into: str | None = Field(description="path of the layer in front, which takes it up")
+    reason: str = Field(description="one sentence")
+    error: float = Field(ge=0, description="predicted damage, in the unit of the criterion")
+    params: int = Field(description="parameters that the layer in front gains")
+
+
+class Folding(_Frozen):
+    """Layers that one layer stands for once the lines between them are taken up."""
+
+    layers: tuple[str, ...] = Field(min_length=2, description="paths, in order of execution")
+    into: str = Field(description="the path among them where the one layer sits")
+    idle: tuple[str, ...] = Field(description="paths of dropouts between them, which go as well")
+    lines: tuple[str, ...] = Field(description="the activations that are gone from inside")
+    writes: str = Field(description="whose output in the dense model the one layer is to write")
+    kind: Literal["exact", "interior"] = Field(description="`interior`: but for a border")
+    border: tuple[int, ...] = Field(
+        default=(), description="output positions along each edge that may differ, per axis"
+    )
+    error: float | None = Field(
+        default=None,
+        ge=0,
+        description="of an `interior` fold: measured change, as a share of the largest output",
+    )
+    reason: str = Field(description="one sentence")
+    params: Cost
+    macs: Cost
+
+
 class Plan(_Frozen):
     """All decisions for one model; JSON in and out loses nothing.
 
@@ -90,6 +125,8 @@ class Plan(_Frozen):
     samples: int = Field(ge=0, description="calibration samples seen")
     cuts: tuple[Cut, ...]
     drops: tuple[Drop, ...] = ()
+    lines: tuple[Line, ...] = ()
+    foldings: tuple[Folding, ...] = ()
     refused: tuple[Refusal, ...] = ()
     params: Cost
     macs: Cost
@@ -156,6 +193,7 @@ def _table(plan: Plan) -> str:
         (c.group, str(c.units), str(len(c.keep)), f"{c.error:.2%}", c.reason) for c in plan.cuts
     ]
     rows += [(d.block, "block", "0", f"{d.error:.2%}", d.reason) for d in plan.drops]
+    rows += [(x.site, "bend", "0", f"{x.error:.3g}", x.reason) for x in plan.lines]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
@@ -164,5 +202,13 @@ def _table(plan: Plan) -> str:
     costs = [("params", plan.params), ("macs", plan.macs), ("layers", plan.layers)]
     for name, cost in costs if plan.layers.before else costs[:2]:
         lines.append(f"{name}: {cost.before:,} -> {cost.after:,} ({cost.ratio:.1%} kept)")
+    lines += [_folded(folding) for folding in plan.foldings]
     lines += [f"refused {r.group}: {r.reason}" for r in plan.refused]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+
+
+def _folded(folding: Folding) -> str:
+    macs, params = (f"{c.before:,} -> {c.after:,}" for c in (folding.macs, folding.params))
+    far = "" if folding.error is None else f", moves by {folding.error:.1e} at most"
+    said = f"{folding.kind}{far}: {folding.reason}"
+    return f"fold {' + '.join(folding.layers)}: macs {macs}, params {params} ({said})"

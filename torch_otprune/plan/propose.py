@@ -80,11 +80,13 @@ class Offer:
         candidates: what may be made smaller.
         refused: what may not, with reasons.
         blocks: whole blocks among the candidates: what is inside costs nothing once they go.
+        stand_ins: block to what stands in for it costs, by measure.
     """
 
     candidates: tuple[Candidate, ...]
     refused: tuple[Refusal, ...] = ()
     blocks: tuple[Block, ...] = ()
+    stand_ins: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 _MOVES = {"output": "the output", "uniform": "its consumers", "none": "its consumers (unscaled)"}

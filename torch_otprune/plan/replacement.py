@@ -36,6 +36,23 @@ class Replacement(Setting, ABC):
         first, *others = block.swaps
         return (replace(first, by=self.stand_in, rank=self.rank_for(block)), *others)
 
+    def costs(self, block: Block) -> dict[str, int]:
+        """Count what stands in for a block costs.
+
+        Args:
+            block: what goes.
+
+        Returns:
+            `params`, and `macs` per sample.
+        """
+        if self.stand_in is None or block.kind == "branch":
+            return {}
+        if self.stand_in == "scale":
+            return {"params": 2 * block.channels}
+        rank = self.rank_for(block)
+        each = 2 * block.channels * rank
+        return {"params": each + block.channels, "macs": each * block.positions}
+
     def rank_for(self, block: Block) -> int:
         """Choose the rank of a map that stands in; 0 where there is none.
 

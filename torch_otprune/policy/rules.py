@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from math import isnan
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -35,20 +38,27 @@ def listed(value: object) -> object:
 
 def _share(value: object) -> object:
     """Read how many of several go: a whole number counts, one of them included."""
-    if isinstance(value, str) and value.strip().isdecimal():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (int, str, float)):
+    number = _number(value) if isinstance(value, str) else value
+    whole = isinstance(number, int)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or isnan(number):
         raise problem(f"{short(value)} is no number of layers.", fix=_SHARE)
-    if isinstance(value, int):
-        if value < 1:
-            raise problem(f"{value} removes nothing.", fix="drop at least one layer.")
-        return value
-    share = Amount.parse(value)
-    if not share.relative:
-        return share.value
-    if share.everything:
+    if number <= 0:
+        raise problem(f"{value!r} removes nothing.", fix="drop at least one layer.")
+    if number == 1 and not whole:
         raise problem(f"{value!r} removes every layer.", fix="drop less than 100 %.")
-    return share.value
+    if number > 1 and not whole:
+        raise problem(f"{value!r} is neither a share below 100 % nor whole.", fix=_SHARE)
+    return number
+
+
+def _number(text: str) -> int | float | None:
+    """Read a whole number, a fraction or a percentage; None where it is none of them."""
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
+    if found is None:
+        return None
+    if found[1].isdecimal() and not found[2]:
+        return int(found[1])
+    return float(Decimal(found[1]) / (100 if found[2] else 1))
 
 
 _SHARE = "write a whole number such as 3, a fraction such as 0.25, or a percentage such as '25%'."
@@ -289,6 +299,19 @@ class Layers(_Depth):
 class Linearize(_Depth):
     """Make activations affine, and fold the linear layers around them into one.
 
+    An activation makes way for a line per channel, which the layer in front takes up. What then
+    is linear folds into one layer. Chosen is the set of the asked size that costs least by the
+    criterion among those where every activation disappears inside a fold that the gate allows:
+    a network that is less expressive and no faster is no use. So some activations go only in
+    pairs, such as the two of an inverted residual block. `unfolded="allow"` takes the cheapest
+    activations whatever folds, and the plan says which of them save nothing.
+
+    A `drop` or `keep` of its own decides how many go; a budget does not. Beside other rules,
+    channels are cut and layers removed first, and folds are priced at the widths that are left.
+
+    `surrogate` says which line: `affine` the best one, `identity` the line of EASIER, `on_off`
+    that of TLC, which switches a channel off where its mean input is below zero.
+
     Example:
         >>> from torch_otprune.policy import Linearize
         >>> import torch_otprune.criteria, torch_otprune.repair
@@ -305,6 +328,20 @@ class Linearize(_Depth):
     gate: Literal["macs", "params", "none"] = Field(
         default="macs",
         description="a fold that would raise this is refused; `none` folds whatever can be folded",
+    )
+    surrogate: Literal["affine", "identity", "on_off"] = Field(
+        default="affine",
+        description="the line per channel in an activation's place: the best one, the identity, "
+        "or the identity for channels that are mostly on and zero for the others",
+    )
+    interior: bool = Field(
+        default=False,
+        description="also fold past zero padding, where the border of the output changes; that "
+        "is one more error, measured and repaired",
+    )
+    unfolded: Literal["refuse", "allow"] = Field(
+        default="refuse",
+        description="what happens to activations without which nothing more would fold",
     )
     repair: Repairs = Field(
         default=("least_squares",),
@@ -327,6 +364,9 @@ class Linearize(_Depth):
             drop: int | float | str | None = None,
             criterion: SettingLike = "stein",
             gate: Literal["macs", "params", "none"] = "macs",
+            surrogate: Literal["affine", "identity", "on_off"] = "affine",
+            interior: bool = False,
+            unfolded: Literal["refuse", "allow"] = "refuse",
             repair: SettingLike | Iterable[SettingLike] = ("least_squares",),
             penalty: SettingLike | None = None,
         ) -> None: ...

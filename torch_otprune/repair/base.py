@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -13,14 +13,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from torch_otprune.criteria.base import Need
-from torch_otprune.plan.model import Cut, Drop
+from torch_otprune.plan.model import Cut, Drop, Folding, Line
 from torch_otprune.plan.replacement import Replacement
 from torch_otprune.policy.registry import REPAIRS, REPLACEMENTS, Setting
 from torch_otprune.repair.lockstep import Pause, Site
 from torch_otprune.statistics.patches import output_rows, supported
-from torch_otprune.structure.graph import Graph
+from torch_otprune.structure.graph import Graph, Tail
 from torch_otprune.structure.layers import (
     BatchNorm,
+    Conv,
     channels,
     norm_behind,
     norms_behind,
@@ -73,6 +74,10 @@ class Patient:
         every: all that was cut.
         drops: blocks that were taken out, and are to be made up for.
         gone: all blocks that were taken out.
+        lines: activations that became linear, and are to be made up for.
+        foldings: all layers that one layer stands for; `graph` knows that one alone.
+        rewritten: layer to whose output of the dense model it is to write, and what that passes
+            next, where it is not its own.
         batches: calibration batches; may be empty for repairs that need none.
         seed: the policy's seed.
         progress: told the stage, the steps done and the steps in all.
@@ -86,6 +91,9 @@ class Patient:
     batches: Sequence[Any]
     drops: Sequence[Drop] = ()
     gone: Sequence[Drop] = ()
+    lines: Sequence[Line] = ()
+    foldings: Sequence[Folding] = ()
+    rewritten: Mapping[str, tuple[str, Tail]] = field(default_factory=dict)
     seed: int = 0
     progress: Callable[[str, int, int], None] = field(default=_quiet)
 
@@ -93,6 +101,30 @@ class Patient:
     def _left(self) -> dict[str, Tensor]:
         pieces = (p for p in merged(self.every) if p.side != "in")
         return {piece.path: torch.tensor(piece.keep, device="cpu") for piece in pieces}
+
+    @cached_property
+    def _folds(self) -> dict[str, Folding]:
+        return {path: folding for folding in self.foldings for path in folding.layers}
+
+    def heir(self, path: str) -> str:
+        """Name the layer that stands for a layer: itself, unless it was folded."""
+        return self._folds[path].into if path in self._folds else path
+
+    def _end(self, path: str) -> str:
+        """Name the layer of the dense model whose output channels a layer has."""
+        if path not in self._folds:
+            return path
+        members = self._folds[path].layers
+        linear = (nn.Linear, Conv)
+        return next(p for p in reversed(members) if isinstance(self.dense.get_submodule(p), linear))
+
+    @property
+    def behind_lines(self) -> set[str]:
+        """Name the layers that stand around the activations that became linear."""
+        sites = {site.name: site for site in self.graph.sites}
+        near = {path for line in self.lines for path in sites[line.site].readers}
+        near |= {line.into for line in self.lines if line.into is not None}
+        return {self.heir(path) for path in near}
 
     @cached_property
     def _shared(self) -> frozenset[str]:
@@ -119,7 +151,8 @@ class Patient:
 
     def _alike(self, front: str, behind: str) -> bool:
         """Tell whether two layers write streams of one width with one kind of norm behind."""
-        widths = [channels(self.dense.get_submodule(p), "out") for p in (front, behind)]
+        ends = (self._end(front), behind)
+        widths = [channels(self.dense.get_submodule(p), "out") for p in ends]
         return widths[0] == widths[1] and (
             (front in self.graph.norms) == (behind in self.graph.norms)
         )
@@ -128,11 +161,12 @@ class Patient:
         """Describe where to stop for a layer, and what it is to write."""
         aim = self.aims.get(path)
         tails = self.graph.tails
-        return Site(path, tails[path], None if aim is None else (aim, tails[aim]))
+        own = self.rewritten.get(path)
+        return Site(path, tails[path], own if aim is None else (aim, tails[aim]))
 
     def kept(self, path: str) -> Tensor | None:
         """List the output channels that a layer kept; None where all did."""
-        return self._left.get(path)
+        return self._left.get(self._end(path))
 
     def norm_behind(self, path: str) -> nn.Module | None:
         """Find the batch-norm of the cut model that can take up a shift of a layer's output."""
@@ -188,7 +222,7 @@ class Patient:
             rows in float64, one column per output channel that the layer kept.
         """
         module = self.small.get_submodule(site.path)
-        if site.aim is not None:
+        if site.path in self.aims:
             return self._aimed(site, dense, small, at)
         assert dense.output is not None
         y = output_rows(module, dense.output, at).double()

@@ -30,7 +30,8 @@ class Bias(Repair):
 
     def apply_(self, patient: Patient) -> tuple[Note, ...]:
         """Walk both models side by side and shift site by site."""
-        hit = {s.path for c in patient.cuts for s in c.slices if s.side == "in"}
+        hit = {patient.heir(s.path) for c in patient.cuts for s in c.slices if s.side == "in"}
+        hit |= patient.behind_lines
         notes: list[Note] = []
         sites = []
         for path in (p for p in patient.graph.order if p in hit):
@@ -39,7 +40,7 @@ class Bias(Repair):
             ):
                 notes.append(Note(self.kind, path, None, None, accepted=False, text=why))
             else:
-                sites.append(Site(path, patient.graph.tails[path]))
+                sites.append(patient.site(path))
         worker = _Shift(patient, notes)
         if sites:
             with Lockstep(patient.dense, patient.small, patient.batches, sites) as walk:

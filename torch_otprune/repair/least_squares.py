@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import ClassVar, Literal
 
@@ -63,19 +63,38 @@ class LeastSquares(Repair):
     def apply_(self, patient: Patient) -> tuple[Note, ...]:
         """Walk both models side by side and refit site by site."""
         sites, notes = self._sites(patient)
-        worker = _Refit(self, patient, len(sites), notes)
+        return (*notes, *self._walk(patient, sites, self.kind))
+
+    def refit_(self, patient: Patient, paths: Sequence[str], *, kind: str) -> tuple[Note, ...]:
+        """Refit some layers only.
+
+        Args:
+            patient: both models and the data.
+            paths: which layers.
+            kind: on whose behalf, for the notes.
+
+        Returns:
+            one note per layer.
+        """
+        return self._walk(
+            patient, [patient.site(p) for p in patient.graph.order if p in paths], kind
+        )
+
+    def _walk(self, patient: Patient, sites: Sequence[Site], kind: str) -> tuple[Note, ...]:
+        worker = _Refit(self, patient, len(sites), kind)
         if sites:
             with Lockstep(patient.dense, patient.small, patient.batches, sites) as walk:
                 walk.play(worker.mend)
-        return tuple(notes)
+        return tuple(worker.notes)
 
     def _sites(self, patient: Patient) -> tuple[list[Site], list[Note]]:
         order = [path for path in patient.graph.order if not gone(patient.gone, path)]
-        hit = {s.path for c in patient.cuts for s in c.slices if s.side == "in"}
-        hit |= patient.aims.keys() | _behind(patient, order)
+        hit = {patient.heir(s.path) for c in patient.cuts for s in c.slices if s.side == "in"}
+        hit |= patient.aims.keys() | patient.behind_lines | _behind(patient, order)
         names = {c.group for c in patient.cuts}
         # what only other rules' cuts touch is theirs to repair, or to leave
-        foreign = {s.path for c in patient.every if c.group not in names for s in c.slices}
+        others = [c for c in patient.every if c.group not in names]
+        foreign = {patient.heir(s.path) for c in others for s in c.slices}
         first = min((order.index(p) for p in hit if p in order), default=len(order))
         wanted = hit | (set(order[first:]) - foreign) if self.scope == "all" else hit
         sites, notes = [], []
@@ -104,7 +123,8 @@ class _Refit:
     setting: LeastSquares
     patient: Patient
     total: int
-    notes: list[Note]
+    kind: str
+    notes: list[Note] = field(default_factory=list)
     done: int = 0
 
     def mend(self, site: Site, pauses: list[tuple[Pause, Pause]]) -> None:
@@ -125,9 +145,7 @@ class _Refit:
             self._write(module, site.path, new, old, offset=offset)
         text = "" if accepted else "the refit does worse on held-out rows"
         self.notes.append(
-            Note(
-                self.setting.kind, site.path, before, after if accepted else before, accepted, text
-            )
+            Note(self.kind, site.path, before, after if accepted else before, accepted, text)
         )
         self.done += 1
         self.patient.progress("least_squares", self.done, self.total)

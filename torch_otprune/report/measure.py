@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_otprune.nn import LowRank
 from torch_otprune.report.model import Interval, Latency
 from torch_otprune.structure.forward import (
     batch_size,
@@ -51,7 +52,7 @@ def count_macs(model: nn.Module, batch: Any) -> int:
         MACs per sample.
     """
     counter = _Macs(batch_size(batch))
-    layers = [m for m in model.modules() if is_linear(m) or is_depthwise(m)]
+    layers = [m for m in model.modules() if is_linear(m) or is_depthwise(m) or _is_map(m)]
     leaves = [m for m in layers if not list(m.children())]
     handles = [m.register_forward_hook(counter, with_kwargs=True) for m in leaves]
     try:
@@ -61,6 +62,10 @@ def count_macs(model: nn.Module, batch: Any) -> int:
         for handle in handles:
             handle.remove()
     return counter.total
+
+
+def _is_map(module: nn.Module) -> bool:
+    return isinstance(module, LowRank)
 
 
 class _Macs:
@@ -73,7 +78,10 @@ class _Macs:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
         read = first_tensor(args, kwargs)
-        if read is None or not isinstance(out, Tensor):
+        if read is not None and isinstance(module, LowRank):
+            places = read.numel() // module.channels // self.samples
+            self.total += places * 2 * module.up.numel()
+        if read is None or not isinstance(out, Tensor) or isinstance(module, LowRank):
             return
         # A weight holds out x in/groups x taps, and each position uses every element once.
         grid = read if getattr(module, "transposed", False) else out

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch_otprune.errors import OTPruneError
 from torch_otprune.report.pictures import draw
-from torch_otprune.report.table import layer_rows, total_rows
+from torch_otprune.report.table import depth_sections, layer_rows, total_rows
 from torch_otprune.report.words import error
 
 if TYPE_CHECKING:
@@ -108,13 +108,18 @@ def _details(report: Report) -> list[str]:
         ]
         head = ("group", "units", "kept", "predicted error", "why")
         parts += ["<h2>Cuts</h2>", _table(head, rows, numbers=(1, 2, 3))]
+    for title, columns, cells, right in depth_sections(plan):
+        parts += [f"<h2>{title}</h2>", _table(columns, cells, numbers=right)]
+    if plan.compacted:
+        paths = ", ".join(f"<code>{escape(path)}</code>" for path in plan.compacted)
+        parts.append(f"<p>Taken out of their lists, so that later layers move up: {paths}.</p>")
     if report.layers:
         head3 = ("layer", "error before repair", "after")
         parts += ["<h2>Layers</h2>", _table(head3, layer_rows(report.layers))]
     if report.repairs:
         parts += ["<h2>Repairs</h2>", _repairs(report)]
     if plan.refused:
-        parts += ["<h2>Not cut</h2>", _list(f"{r.group}: {r.reason}" for r in plan.refused)]
+        parts += ["<h2>Stays whole</h2>", _list(f"{r.group}: {r.reason}" for r in plan.refused)]
     if plan.notes:
         parts += ["<h2>Notes on the plan</h2>", _list(plan.notes)]
     return [*parts, "<h2>How this was made</h2>", _origin(report)]

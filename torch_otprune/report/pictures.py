@@ -38,9 +38,11 @@ def draw(report: Report) -> dict[str, bytes]:
 
 
 def _totals(report: Report) -> bytes:
+    costs = [("parameters", report.params), ("MACs", report.macs)]
+    if report.plan.layers.before:
+        costs.append(("layers on offer", report.plan.layers))
     rows: list[tuple[str, float, str, str]] = [
-        (name, cost.ratio, count(cost.before), count(cost.after))
-        for name, cost in (("parameters", report.params), ("MACs", report.macs))
+        (name, cost.ratio, count(cost.before), count(cost.after)) for name, cost in costs
     ]
     whisker = None
     if (time := report.latency) is not None:

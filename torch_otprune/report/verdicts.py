@@ -65,7 +65,7 @@ def _speed(report: Report) -> Iterator[str]:
 def _budget(report: Report) -> Iterator[str]:
     budget = report.plan.policy.budget
     for name, amount in (budget.limits if budget else {}).items():
-        cost: Cost = getattr(report, name)
+        cost: Cost = report.plan.layers if name == "layers" else getattr(report, name)
         yield _within(name, cost, amount.of(cost.before))
 
 

@@ -16,8 +16,9 @@ class SiteEvidence:
     """One activation, as a criterion sees it: pooled sums over all samples and positions.
 
     Args:
-        name: module path of the activation.
-        function: `relu`, `relu6`, `gelu`, `silu`, ...: the module's class in lower case.
+        name: of the activation in the graph.
+        function: `relu`, `relu6`, `gelu`, `silu`, ...: the module's class in lower case; for a
+            function, that of the module that does the same.
         count: observations per channel.
         positive: share of inputs above zero.
         nonnegative: share of inputs not below zero.
@@ -67,7 +68,8 @@ class ChainEvidence:
         feel: how much the network's squared output grows with a squared error in each channel of
             a point, per sample; ones where it was not measured.
         power: the network's squared output, per sample; 1 where it was not measured.
-        sites: the activations inside each block.
+        sites: the activations inside each block; none where they were not looked at.
+        weights: mean absolute weight of each block's linear layers.
         trial: removes the blocks of these numbers from the real network and measures the squared
             change of its output, as a share of its power; slow.
         seed: the policy's seed.
@@ -78,10 +80,11 @@ class ChainEvidence:
     points: Float[Tensor, "points rows channels"]
     sample: Int[Tensor, " rows"]
     last: Bool[Tensor, " rows"]
-    writers: tuple[Float[Tensor, "rows features"] | None, ...]
+    writers: tuple[Float[Tensor, "rows _"] | None, ...]
     feel: Float[Tensor, "points channels"]
     power: float
     sites: tuple[tuple[SiteEvidence, ...], ...]
+    weights: Float[Tensor, " blocks"]
     trial: Callable[[Collection[int]], float]
     seed: int
 
@@ -106,5 +109,6 @@ class ChainEvidence:
             writers=self.writers[first:stop],
             feel=self.feel[first : stop + 1],
             sites=self.sites[first:stop],
+            weights=self.weights[first:stop],
             trial=lambda gone: whole([number + first for number in gone]),
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_otprune.statistics.depth import ChainEvidence
+from torch_otprune.statistics.depth import ChainEvidence, SiteEvidence
 from torch_otprune.statistics.moments import Moments
 from torch_otprune.statistics.patches import columns, full_weight, supported
 from torch_otprune.statistics.recorder import Recorder
@@ -32,12 +32,14 @@ class Observation:
         sensitivity: what the output feels; None where nobody asked.
         samples: calibration samples seen, over all ranks.
         chains: what flows between blocks that may go, by the first block of each run.
+        sites: what goes through activations that may become linear, by name.
     """
 
     moments: Mapping[str, Moments]
     sensitivity: Sensitivity | None
     samples: int
     chains: Mapping[str, ChainEvidence] = field(default_factory=dict)
+    sites: Mapping[str, SiteEvidence] = field(default_factory=dict)
 
     def chain(self, names: Sequence[str]) -> ChainEvidence:
         """Look up what is known about blocks that follow one another.
@@ -56,12 +58,15 @@ class Observation:
         Returns:
             16 hexadecimal digits; `none` where nothing was observed.
         """
-        if not self.moments and not self.chains:
+        if not (self.moments or self.chains or self.sites):
             return "none"
         lines = [f"{self.samples}"]
         for name in sorted(self.chains):
             powers = self.chains[name].points.square().mean((1, 2)).tolist()
             lines.append(f"{name} {' '.join(f'{power:.3e}' for power in powers)}")
+        for name in sorted(self.sites):
+            site = self.sites[name]
+            lines.append(f"{name} {site.count} {float(site.out_var.sum()):.3e}")
         for path in sorted(self.moments):
             found = self.moments[path]
             lines.append(f"{path} {found.count} {float(found.second(centred=False).trace()):.3e}")
@@ -75,6 +80,7 @@ def conclude(
     paths: Sequence[str],
     *,
     chains: Mapping[str, ChainEvidence],
+    sites: Mapping[str, SiteEvidence],
     samples: int,
     feel: bool,
     seed: int,
@@ -90,6 +96,7 @@ def conclude(
         probes: a few batches for the sensitivity.
         paths: the consumers.
         chains: what flows between blocks, summed up already.
+        sites: what goes through activations, summed up already.
         samples: samples this rank saw.
         feel: whether the sensitivity is wanted.
         seed: the policy's seed.
@@ -106,7 +113,7 @@ def conclude(
         found = sense(model, centres, probes, draws=DRAWS, seed=seed)
         if ranks() > 1:
             _sum_sensitivity_(model, found)
-    return Observation(dict(moments), found, total, chains)
+    return Observation(dict(moments), found, total, chains, sites)
 
 
 def _summed(model: nn.Module, recorder: Recorder, samples: int) -> tuple[dict[str, Moments], int]:

@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from torch_otprune.errors import CalibrationError
 from torch_otprune.structure.forward import (
     batch_size,
     evaluating,
+    first_line,
     first_tensor,
     flat_tensors,
     map_tensors,
@@ -22,7 +24,7 @@ from torch_otprune.structure.forward import (
 )
 from torch_otprune.structure.graph import Side
 
-__all__ = ["Sensitivity", "chunks", "gradients", "sense", "signs"]
+__all__ = ["Sensitivity", "chunks", "gradients", "sense", "signs", "slopes_of"]
 
 _CHUNK = 16  # samples whose activations are alive at once
 
@@ -167,13 +169,41 @@ def _probe(
     generator = torch.Generator("cpu").manual_seed(seed)
     for draw in range(draws):
         drawn = [signs(t, generator) for t in outputs]
-        slopes = torch.autograd.grad(
-            outputs, points, drawn, retain_graph=draw + 1 < draws, allow_unused=True
-        )
+        slopes = slopes_of(outputs, points, drawn, more=draw + 1 < draws)
         for (path, axis, x, z), dx, dz in zip(calls, slopes[::2], slopes[1::2], strict=True):
             if dx is not None and dz is not None:
                 rows = [_rows(t, axis) for t in (x, z, dx, dz)]
                 _collect(found, path, rows, centres[path])
+
+
+def slopes_of(
+    outputs: Sequence[Tensor], points: Sequence[Tensor], drawn: Sequence[Tensor], *, more: bool
+) -> tuple[Tensor | None, ...]:
+    """Differentiate the network's output at points inside.
+
+    Args:
+        outputs: of one run.
+        points: tensors that they were computed from.
+        drawn: a direction for each output.
+        more: whether the run is differentiated again.
+
+    Returns:
+        one gradient per point; None where no output depends on it.
+
+    Raises:
+        CalibrationError: if the run cannot be differentiated, as under re-entrant checkpointing.
+    """
+    try:
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            outputs, points, drawn, retain_graph=more, allow_unused=True
+        )
+    except RuntimeError as error:
+        raise CalibrationError(
+            f"the output cannot be differentiated: {first_line(error)}",
+            where="the sensitivity of the output, on the calibration data",
+            fix="call torch.utils.checkpoint with use_reentrant=False, or switch it off meanwhile.",
+        ) from error
+    return found
 
 
 def signs(output: Tensor, generator: torch.Generator) -> Tensor:

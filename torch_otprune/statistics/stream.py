@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torch_otprune.statistics.depth import ChainEvidence
+from torch_otprune.statistics.depth import ChainEvidence, SiteEvidence
 from torch_otprune.statistics.patches import pick, positions, rows, supported
 from torch_otprune.statistics.reduce import all_rows, all_sum_, rank
-from torch_otprune.statistics.sensitivity import chunks, gradients, signs
+from torch_otprune.statistics.sensitivity import chunks, gradients, signs, slopes_of
+from torch_otprune.statistics.sites import mean_weights, real, watch_sites
 from torch_otprune.structure.blocks import adds_two
 from torch_otprune.structure.flow import tensors
 from torch_otprune.structure.forward import (
@@ -27,9 +28,10 @@ from torch_otprune.structure.forward import (
 )
 from torch_otprune.structure.graph import Block, Graph
 from torch_otprune.structure.mute import muted
+from torch_otprune.structure.sites import sites_in
 from torch_otprune.structure.wiring import first_of, stream_of
 
-__all__ = ["listen", "runs"]
+__all__ = ["Taps", "flat", "listen", "runs"]
 
 _ROWS = 8192  # rows per chain, over all samples
 _FAR = 1 << 32  # samples of one rank count from here to the next multiple
@@ -57,6 +59,7 @@ def listen(
     *,
     draws: int,
     seed: int,
+    sites: bool = False,
 ) -> dict[str, ChainEvidence]:
     """Run the model on a few batches and lay out what every block reads and writes.
 
@@ -72,15 +75,18 @@ def listen(
         batches: this rank's probes.
         draws: random sign vectors.
         seed: the policy's seed.
+        sites: whether to look at the activations inside the blocks, in one more pass.
 
     Returns:
         the evidence of every run of blocks, by the name of its first.
 
     Source: Hutchinson 1990 for the estimator.
     """
+    inside = {s.name: s for b in blocks if sites for s in sites_in(graph.sites, b)}
+    acts = watch_sites(model, inside.values(), batches) if sites else {}
     found = {}
     for run_ in runs(blocks):
-        chain = _Chain(model, graph, run_, sum(map(batch_size, batches)), seed)
+        chain = _Chain(model, graph, run_, sum(map(batch_size, batches)), seed, acts)
         with outside_inference(), evaluating(model), gradients(model):
             for batch in batches:
                 for piece in chunks(batch):
@@ -99,6 +105,7 @@ class _Chain:
     blocks: tuple[Block, ...]
     samples: int
     seed: int
+    acts: Mapping[str, SiteEvidence]
     points: list[list[Tensor]] = field(default_factory=list)
     fed: list[list[Tensor]] = field(default_factory=list)
     owners: list[Tensor] = field(default_factory=list)
@@ -127,7 +134,7 @@ class _Chain:
 
     def look(self, piece: Any, draws: int) -> None:
         """Run one piece of a batch and take notes."""
-        taps = _Taps(self.model, self.blocks, [w for w in self.writers if w])
+        taps = Taps(self.model, self.blocks, [w for w in self.writers if w])
         with taps:
             outputs = [t for t in flat_tensors(run(self.model, piece)) if t.requires_grad]
         pairs = [taps.pairs[block.name] for block in self.blocks]
@@ -142,13 +149,12 @@ class _Chain:
         self, piece: Any, pairs: list[tuple[Tensor, Tensor]], fed: Mapping[str, Tensor]
     ) -> None:
         axis, first = self.blocks[0].axis, pairs[0][0]
-        flat = _flat(first, axis)
-        size, total = flat.shape[:2]
+        size, total = flat(first, axis).shape[:2]
         at = pick(total, max(ceil(_ROWS / max(self.samples, 1)), 1), self.blocks[0].name, self.seed)
-        valid = _valid(piece, size, total)[:, at].flatten()
+        valid = real(piece, size, total)[:, at].flatten()
         ends = (at == total - 1).expand(size, -1).flatten()
         for place, tensor in enumerate((first, *(y for _, y in pairs))):
-            self.points[place].append(_flat(tensor, axis)[:, at].flatten(0, 1)[valid])
+            self.points[place].append(flat(tensor, axis)[:, at].flatten(0, 1)[valid])
         for place, writer in enumerate(self.writers):
             module = self.model.get_submodule(writer) if writer else None
             if module is not None and positions(module, fed[writer or ""]) == total:
@@ -166,16 +172,14 @@ class _Chain:
             return
         generator = torch.Generator("cpu").manual_seed(self.seed)
         axis = self.blocks[0].axis
-        moves = [_flat(y, axis) - _flat(x, axis) for x, y in pairs]
+        moves = [flat(y, axis) - flat(x, axis) for x, y in pairs]
         self.spread += torch.stack([m.square().mean(1).sum(0) for m in moves])
         for draw in range(draws):
             drawn = [signs(t, generator) for t in outputs]
-            slopes = torch.autograd.grad(
-                outputs, written, drawn, retain_graph=draw + 1 < draws, allow_unused=True
-            )
+            slopes = slopes_of(outputs, written, drawn, more=draw + 1 < draws)
             for place, (move, slope) in enumerate(zip(moves, slopes, strict=True)):
                 if slope is not None:
-                    each = (move * _flat(slope, axis)).sum(1)
+                    each = (move * flat(slope, axis)).sum(1)
                     self.alone[place] += each.square().sum(0)
                     self.together[place] += each.sum(1).square().sum()
 
@@ -196,7 +200,11 @@ class _Chain:
             writers=tuple(fed),
             feel=torch.cat([torch.ones_like(self.alone[:1]), self._weights()]),
             power=float(self.power[1] / self.power[0].clamp_min(1)),
-            sites=tuple(() for _ in self.blocks),
+            sites=tuple(
+                tuple(self.acts[s.name] for s in sites_in(self.graph.sites, b) if self.acts)
+                for b in self.blocks
+            ),
+            weights=mean_weights(self.model, self.blocks),
             trial=trial,
             seed=self.seed,
         )
@@ -243,23 +251,21 @@ def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64, device="cpu")
 
 
-def _flat(tensor: Tensor, axis: int) -> Tensor:
-    """Lay a stream out as samples x positions x channels."""
+def flat(tensor: Tensor, axis: int) -> Tensor:
+    """Lay a stream out.
+
+    Args:
+        tensor: samples first.
+        axis: of the channels.
+
+    Returns:
+        samples x positions x channels, in float64 on the CPU.
+    """
     wide = tensor.detach().double().cpu().movedim(axis, -1)
     return wide.reshape(len(wide), -1, wide.shape[-1])
 
 
-def _valid(piece: Any, size: int, total: int) -> Tensor:
-    """Leave out padding, where the batch says what is padding."""
-    mask = piece.kwargs.get("attention_mask") if hasattr(piece, "kwargs") else None
-    if mask is None and isinstance(piece, Mapping):
-        mask = piece.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == (size, total):
-        return mask.cpu() > 0
-    return torch.ones(size, total, dtype=torch.bool)
-
-
-class _Taps(TorchFunctionMode):
+class Taps(TorchFunctionMode):
     """Keep what every block reads and writes in one run, as points to differentiate at."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], writers: Sequence[str]) -> None:
@@ -271,7 +277,7 @@ class _Taps(TorchFunctionMode):
         self.added = -1
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> _Taps:
+    def __enter__(self) -> Taps:
         for block in (b for b in self.blocks if b.joint is None):
             module = self.model.get_submodule(block.name)
             self.handles.append(
@@ -310,7 +316,7 @@ class _Taps(TorchFunctionMode):
 class _Through:
     """The hook behind a block."""
 
-    taps: _Taps
+    taps: Taps
     path: str
 
     def __call__(
@@ -326,7 +332,7 @@ class _Through:
 class _Fed:
     """The hook before a linear layer that writes to the stream."""
 
-    taps: _Taps
+    taps: Taps
     path: str
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

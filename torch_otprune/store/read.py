@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.errors import LoadError, OTPruneError
+from torch_otprune.fold import linearize_, refold_
 from torch_otprune.store.files import PLAN, WEIGHTS, Saved, digest, format_of, transient
 from torch_otprune.store.plans import remember
 from torch_otprune.structure.fingerprint import fingerprint, layout
@@ -41,6 +42,8 @@ def load(directory: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Modul
     _check_dense(model, saved)
     cut_(model, saved.plan.cuts)
     exchange_(model, saved.plan.drops)
+    linearize_(model, saved.plan.lines)
+    refold_(model, saved.plan.foldings)
     take_out_(model, saved.plan.compacted)
     _check_pruned(model, saved)
     _fill_(model, tensors, saved)

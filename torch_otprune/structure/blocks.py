@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from torch import nn
 
@@ -31,6 +32,8 @@ _WORK = frozenset(
     _transformer_encoder_layer_fwd scaled_dot_product_attention
     """.split()
 )
+_NORMS = frozenset({"layer_norm", "rms_norm", "batch_norm", "group_norm"})
+_NORMALISED = "it is a branch with a norm behind its addition, and the norm stays"
 _NO_IDENTITY = "no addition joins its output to its unchanged input"
 
 
@@ -106,7 +109,8 @@ class _Search:
             elif self.calls[visit.path] == 1 or visit.path not in {b.name for b in stuck}:
                 stuck.append(Blocked(visit.path, (visit.path,), *why))
         classes = {type(self.model.get_submodule(b.name)) for b in blocks} - {nn.Sequential}
-        return blocks, [b for b in stuck if self._telling(b.name, classes)]
+        told = [b for b in stuck if b.reason != _NORMALISED and self._telling(b.name, classes)]
+        return blocks, told
 
     def _telling(self, name: str, classes: set[type]) -> bool:
         """Leave out what nobody would take for a layer."""
@@ -136,8 +140,11 @@ class _Search:
                 f"it reads {shapes}{list(self.notes.shapes[end])[1:]} per sample",
                 "nothing: only a block that preserves the shape can go.",
             )
-        if not self._carries(end, start):
+        carries = self._carries(end, start)
+        if carries is None:
             return _NO_IDENTITY, "nothing: its shortcut is a layer of its own."
+        if carries and len(self._mates(visit)) == 1:  # the norm behind the addition stays
+            return _NORMALISED, f"target the branch inside of '{visit.path}'."
         if wiring_of(visit) is None:
             return (
                 "it returns more than its stream: a side output that it computes",
@@ -159,23 +166,28 @@ class _Search:
                     )
         return None
 
-    def _carries(self, end: int, start: int) -> bool:
-        """Tell whether additions and passing ops lead from one node back to another."""
-        pending, seen, joined = [(end, False)], set(), False
+    def _carries(self, end: int, start: int) -> bool | None:
+        """Follow additions and passing ops from one node back to another.
+
+        Returns:
+            whether a norm was passed on the way; None where there is no such way, or it passes
+            no addition.
+        """
+        pending, seen, found = [(end, False, False)], set(), list[bool]()
         while pending:
-            node, added = pending.pop()
-            if node == start:
-                joined |= added
+            node, added, normed = step = pending.pop()
+            if node == start and added:
+                found.append(normed)
+            if node == start or step in seen or node not in self.notes.maker:
                 continue
-            if (node, added) in seen or node not in self.notes.maker:
-                continue
-            seen.add((node, added))
+            seen.add(step)
             op = self.notes.ops[self.notes.maker[node]]
             adds = adds_two(op.name, len(op.reads))
             if adds or op.name in _PASSES:
                 tracked = [n for n in op.reads if self.notes.shapes[n] == self.notes.shapes[node]]
-                pending += [(n, added or adds) for n in tracked]
-        return joined
+                norm = normed or op.name in _NORMS
+                pending += [(n, added or adds, norm) for n in tracked]
+        return all(found) if found else None
 
     def _block(self, visit: Visit) -> Block:
         stream, written = stream_of(visit.args, visit.kwargs), first_of(visit.output)
@@ -186,7 +198,8 @@ class _Search:
         self.ends[visit.path] = visit.reads[id(stream)], visit.writes[id(written)]
         axis = 1 if self._pictures(visit.first, visit.last) else -1
         swap = Swap(visit.path, "skip", wiring, stream.shape[axis], axis)
-        return Block(visit.path, "block", "part", visit.path, 0, (swap,), swap.size, axis)
+        places = prod(stream.shape[1:]) // swap.size
+        return Block(visit.path, "block", "part", visit.path, 0, (swap,), swap.size, axis, places)
 
     def _pictures(self, first: int, last: int) -> bool:
         """Tell channels-first from tokens by the layers inside."""
@@ -200,15 +213,14 @@ class _Search:
         for branch in self.branches:
             around = [v for v in spans.values() if v.first <= branch.number < v.last]
             inner = min(around, key=lambda v: v.last - v.first, default=None)
-            if inner is not None and self._alone(branch, inner):
+            if inner is not None and self._mates(inner) == [branch]:
                 continue
             if (block := self._branch(branch)) is not None:
                 found.append(block)
         return found
 
-    def _alone(self, branch: _Branch, visit: Visit) -> bool:
-        mates = [b for b in self.branches if visit.first <= b.number < visit.last]
-        return mates == [branch]
+    def _mates(self, visit: Visit) -> list[_Branch]:
+        return [b for b in self.branches if visit.first <= b.number < visit.last]
 
     def _branch(self, branch: _Branch) -> Block | None:
         """Find the modules that make way when a branch is muted."""
@@ -227,7 +239,8 @@ class _Search:
         channels = self.notes.shapes[branch.stream][axis]
         joint = branch.order, self.notes.ops[branch.number].reads.index(branch.stream)
         swaps = (zero, *skips)
-        return Block(end.path, "branch", "part", end.path, 0, swaps, channels, axis, joint)
+        places = prod(self.notes.shapes[branch.stream][1:]) // channels
+        return Block(end.path, "branch", "part", end.path, 0, swaps, channels, axis, places, joint)
 
     def _writer(self, branch: _Branch) -> Visit | None:
         """Find the outermost module inside a branch that wrote what is added."""

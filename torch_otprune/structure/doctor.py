@@ -1,33 +1,24 @@
-"""The doctor: every parameter of a model accounted for, and what keeps it from going."""
+"""What becomes of every parameter when channels go, and what keeps the others from going."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from torch_otprune.structure.forward import head
 from torch_otprune.structure.graph import Blocked, Graph, Group, Member
 from torch_otprune.structure.layers import axes
-from torch_otprune.structure.probe import probe
-from torch_otprune.structure.trace import trace
 
-__all__ = ["Ailment", "Diagnosis", "Finding", "Ward", "doctor"]
+__all__ = ["FATES", "Ailment", "Fate", "Finding", "Ward", "ailments", "findings", "wards"]
 
 Fate = Literal["prunable", "blocked", "fixed"]
 FATES: tuple[Fate, ...] = ("prunable", "blocked", "fixed")
-_EXAMPLE = 2  # samples of the example that the trace runs on
 
 # Channels that are the task's own: nothing is in the way of cutting them but the answer itself.
 _OUTPUT = {"they reach the model's output", "no layer consumes them before the model's output"}
 _LEAVE = "nothing: these channels are the model's answer."
-_MEANING = {
-    "prunable": "lose elements when a unit of their group goes",
-    "blocked": "could be cut if the model were changed",
-    "fixed": "belong to no channel that may go",
-}
 
 
 class _Frozen(BaseModel):
@@ -41,6 +32,7 @@ class Finding(_Frozen):
     shape: tuple[int, ...]
     fate: Fate
     groups: tuple[str, ...] = Field(default=(), description="groups that cut one of its axes")
+    blocks: tuple[str, ...] = Field(default=(), description="removable blocks that it goes with")
     reason: str = Field(default="", description="why it stays; empty where it may go")
     fix: str = Field(default="", description="the smallest change that would free it")
 
@@ -66,132 +58,25 @@ class Ward(_Frozen):
 
 
 class Ailment(_Frozen):
-    """Channels that cannot go: what is in the way, and what would free them."""
+    """Channels or a block that cannot go: what is in the way, and what would free them."""
 
-    name: str = Field(description="path of the first producer")
-    modules: tuple[str, ...] = Field(description="every module whose channels are tied to it")
+    name: str = Field(description="path of the first producer, or of the block")
+    modules: tuple[str, ...] = Field(description="every module that is tied to it")
     reason: str
     fix: str
 
 
-class Diagnosis(_Frozen):
-    """Every parameter of a model as prunable, blocked or fixed; together they are 100 %.
-
-    Example:
-        >>> import torch
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> found = doctor(model, torch.zeros(1, 4))
-        >>> found.elements("prunable"), found.elements("blocked"), found.elements("fixed")
-        (64, 0, 3)
-    """
-
-    version: Literal[1] = 1
-    model: str = Field(description="class of the model")
-    params: int = Field(description="elements of all parameters, tied ones once")
-    macs: int = Field(description="multiply-accumulates per sample of the example")
-    findings: tuple[Finding, ...]
-    groups: tuple[Ward, ...]
-    ailments: tuple[Ailment, ...]
-
-    def elements(self, fate: Fate) -> int:
-        """Count the parameters of one fate.
-
-        Args:
-            fate: `prunable`, `blocked` or `fixed`.
-
-        Returns:
-            elements.
-        """
-        return sum(finding.elements for finding in self.findings if finding.fate == fate)
-
-    def share(self, fate: Fate) -> float:
-        """Measure the parameters of one fate against all.
-
-        Args:
-            fate: `prunable`, `blocked` or `fixed`.
-
-        Returns:
-            a fraction; the three sum to 1.
-        """
-        return self.elements(fate) / self.params
-
-    def totals(self) -> list[tuple[str, str, str, str]]:
-        """Sum up, one row per fate.
-
-        Returns:
-            rows of fate, elements, share, meaning.
-        """
-        return [(f, f"{self.elements(f):,}", f"{self.share(f):.1%}", _MEANING[f]) for f in FATES]
-
-    def stays(self) -> list[tuple[str, str, str, str]]:
-        """List the parameters that cannot go.
-
-        Returns:
-            rows of parameter, fate, reason, fix.
-        """
-        stuck = (f for f in self.findings if f.fate != "prunable")
-        return [(f.parameter, f.fate, f.reason, f.fix) for f in stuck]
-
-    def to_json(self) -> str:
-        """Write everything, the totals included.
-
-        Returns:
-            indented JSON.
-        """
-        import json
-
-        totals: dict[str, Any] = {fate: self.elements(fate) for fate in FATES}
-        return json.dumps({**self.model_dump(mode="json"), "totals": totals}, indent=2)
-
-    def __str__(self) -> str:
-        """Print the totals, the groups, and whatever cannot go with its reason."""
-        lines = [f"{self.model}: {self.params:,} parameters, {self.macs:,} MACs per sample", ""]
-        lines += _columns([(fate, n, share, text) for fate, n, share, text in self.totals()])
-        for ward in self.groups:
-            lines += ["", f"group {ward.group}: {ward.units} units", *map(_indent, _coupled(ward))]
-        for ailment in self.ailments:
-            lines += ["", f"kept whole {ailment.name}: {ailment.reason}"]
-            lines += [_indent(f"modules: {', '.join(ailment.modules)}"), f"  fix: {ailment.fix}"]
-        rows = [(name, fate, reason) for name, fate, reason, _ in self.stays()]
-        return "\n".join([*lines, *(["", *_columns(rows)] if rows else [])])
-
-
-def doctor(model: nn.Module, example: Any) -> Diagnosis:
-    """Explain every parameter of a model: in which group it can go, or what keeps it.
-
-    A parameter is prunable if a group cuts any of its axes, blocked if none does and one could
-    if the model were changed, and fixed otherwise.
+def findings(model: nn.Module, graph: Graph, ran: Container[str]) -> Iterator[Finding]:
+    """Tell what becomes of every parameter.
 
     Args:
-        model: any module with parameters; it is read, never written.
-        example: one batch, as the model takes it.
+        model: any module; it is read, never written.
+        graph: its analysis.
+        ran: paths of the modules that the example reached.
 
-    Returns:
-        the diagnosis.
-
-    Raises:
-        StructureError: if the model cannot be analysed, or does not run on the example.
-
-    Limits: reads the structure only. The plan also checks each cut on the real model and may
-        refuse a group that is listed here.
+    Yields:
+        one finding per parameter, in the order of `named_parameters`.
     """
-    some = head(example, _EXAMPLE)
-    graph, ran = trace(model, some), probe(model, some).calls
-    full = graph.full()
-    return Diagnosis(
-        model=type(model).__name__,
-        params=graph.costs["params"].at(full),
-        macs=graph.costs["macs"].at(full),
-        findings=tuple(_findings(model, graph, ran)),
-        groups=tuple(_ward(graph, group) for group in graph.groups),
-        ailments=tuple(
-            Ailment(name=b.name, modules=b.modules, reason=b.reason, fix=_fix(b))
-            for b in graph.blocked
-        ),
-    )
-
-
-def _findings(model: nn.Module, graph: Graph, ran: Container[str]) -> Iterator[Finding]:
     cut = _cut(model, graph.groups)
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
@@ -204,6 +89,32 @@ def _findings(model: nn.Module, graph: Graph, ran: Container[str]) -> Iterator[F
         else:
             reason, fix = _untouched(model.get_submodule(owner), owner, ran)
             yield Finding(parameter=name, shape=shape, fate="fixed", reason=reason, fix=fix)
+
+
+def wards(graph: Graph) -> tuple[Ward, ...]:
+    """Describe every group that can be cut.
+
+    Args:
+        graph: the model's analysis.
+
+    Returns:
+        groups in order of execution.
+    """
+    return tuple(_ward(graph, group) for group in graph.groups)
+
+
+def ailments(blocked: Sequence[Blocked]) -> tuple[Ailment, ...]:
+    """Describe what cannot go.
+
+    Args:
+        blocked: refusals of the analysis.
+
+    Returns:
+        one ailment each.
+    """
+    return tuple(
+        Ailment(name=b.name, modules=b.modules, reason=b.reason, fix=_fix(b)) for b in blocked
+    )
 
 
 def _blocked(model: nn.Module, name: str, blocked: Sequence[Blocked]) -> list[Blocked]:
@@ -278,21 +189,3 @@ def _ward(graph: Graph, group: Group) -> Ward:
         params_per_unit=freed["params"],
         macs_per_unit=freed["macs"],
     )
-
-
-def _coupled(ward: Ward) -> Iterator[str]:
-    for word, paths in (("from", ward.producers), ("via", ward.carriers), ("to", ward.consumers)):
-        if paths:
-            yield f"{word + ':':6}{', '.join(paths)}"
-    yield f"frees {ward.params_per_unit:,} parameters and {ward.macs_per_unit:,} MACs per unit"
-
-
-def _indent(line: str) -> str:
-    return f"  {line}"
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Align all columns but the last, which may be a sentence."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    pad = [[cell.ljust(w) for cell, w in zip(row, widths, strict=False)] for row in rows]
-    return ["  ".join([*cells, row[-1]]) for cells, row in zip(pad, rows, strict=True)]

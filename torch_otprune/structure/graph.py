@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor
@@ -17,6 +18,7 @@ __all__ = [
     "Group",
     "Member",
     "Side",
+    "Site",
     "Swap",
     "Tail",
     "Term",
@@ -124,6 +126,7 @@ class Block:
         swaps: the modules that make way.
         channels: of the stream.
         axis: where they are.
+        positions: of the stream, per sample.
         joint: of a branch, number of the addition that joins it to its stream among all
             additions of two tensors, and which operand the stream is; None for a block.
     """
@@ -136,11 +139,52 @@ class Block:
     swaps: tuple[Swap, ...]
     channels: int
     axis: int
+    positions: int
     joint: tuple[int, int] | None = None
 
     def holds(self, path: str) -> bool:
         """Tell whether a module goes with the block."""
         return any(path == s.path or path.startswith(f"{s.path}.") for s in self.swaps)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of an activation in a forward pass.
+
+    Args:
+        name: the module's path, or `path:relu` for a functional call in that module's forward;
+            with `#2` and so on from the second call in one forward pass.
+        function: `relu`, `leakyrelu`, `gelu`, ...: the class of the torch module in lower case.
+        module: the innermost module that was running: the activation itself, if it is one.
+        within: the module whose forward called it; of a function, the same as `module`.
+        functional: whether it is a function and no module.
+        ordinal: which call, from 1, of this module, or of this function by this module.
+        calls: how often the module runs in one forward pass.
+        channels: of its input; 0 where there are none, as in a softmax and the scores it reads.
+        axis: where they are.
+        norm: batch-norm whose output is the input as it is; None without one.
+        producer: linear layer whose output gets here through norms and dropouts alone.
+        readers: linear layers that read its output, as it is, pooled or flattened.
+        others: whether anything else reads its output.
+        reason: why no module in its place could make it linear; empty where one can.
+        fix: what would change that.
+    """
+
+    name: str
+    function: str
+    module: str
+    within: str
+    functional: bool
+    ordinal: int
+    calls: int
+    channels: int
+    axis: int
+    norm: str | None
+    producer: str | None
+    readers: tuple[str, ...]
+    others: bool
+    reason: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,6 +228,9 @@ class Term:
         return total
 
 
+_NOTHING: Mapping[str, int] = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class CostModel:
     """A cost as an exact function of how many units each group keeps.
@@ -210,11 +257,12 @@ class CostModel:
         """
         return sum(term.at(keep) for term in self.terms)
 
-    def gated(self, blocks: Iterable[Block]) -> CostModel:
+    def gated(self, blocks: Iterable[Block], stand_ins: Mapping[str, int] = _NOTHING) -> CostModel:
         """Make what blocks cost depend on whether they stay: a width of one or none.
 
         Args:
             blocks: what may go.
+            stand_ins: block to the cost of what stands in for it once it is gone.
 
         Returns:
             the same cost with a further axis, named after the block, in each of its terms.
@@ -224,7 +272,8 @@ class CostModel:
             replace(t, dims=(*(gate for b, gate in gates if b.holds(t.owner)), *t.dims))
             for t in self.terms
         )
-        return CostModel(self.measure, tuple(terms))
+        instead = (Term(n, c, (Dim(1, ((n, -1),)),)) for n, c in stand_ins.items() if c)
+        return CostModel(self.measure, (*terms, *instead))
 
 
 @dataclass(frozen=True)
@@ -241,6 +290,7 @@ class Graph:
         blocks: what can be taken out whole, in order of execution.
         stuck: what looks like a block and cannot go, with reasons.
         norms: linear layer to the layer-norm that alone reads the sum its output is added to.
+        sites: the activations, in order of execution.
     """
 
     groups: tuple[Group, ...]
@@ -252,6 +302,7 @@ class Graph:
     blocks: tuple[Block, ...] = ()
     stuck: tuple[Blocked, ...] = ()
     norms: Mapping[str, str] = field(default_factory=dict)
+    sites: tuple[Site, ...] = ()
 
     def group(self, name: str) -> Group:
         """Look a group up by its name."""

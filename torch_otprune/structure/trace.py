@@ -19,18 +19,20 @@ from torch_otprune.structure.forward import first_line, map_tensors, outside_inf
 from torch_otprune.structure.graph import Blocked, Graph, Group, Member, Side
 from torch_otprune.structure.layers import bare_axis, channels
 from torch_otprune.structure.probe import Probe, probe
+from torch_otprune.structure.sites import find_sites
 
 __all__ = ["check", "trace"]
 
 Signature = tuple[tuple[str, Side, int], ...]
 
 
-def trace(model: nn.Module, example: Any) -> Graph:
+def trace(model: nn.Module, example: Any, *, channels: bool = True) -> Graph:
     """Find what can be cut from a model, what cannot and why, and what each width costs.
 
     Args:
         model: any module with parameters; it is read, never written.
         example: one batch, as the model takes it.
+        channels: whether channels are looked for; whole blocks always are.
 
     Returns:
         the graph.
@@ -45,7 +47,7 @@ def trace(model: nn.Module, example: Any) -> Graph:
         before = _objects(model)
         notes = _probe(model, example)
         _check_unchanged(model, before)
-        found = components(model, example)
+        found = components(model, example) if channels else []
         ops = flow(model, example)
     blocks, stuck = find_blocks(model, ops)
     groups, blocked = _assemble(model, found, notes)
@@ -62,6 +64,7 @@ def trace(model: nn.Module, example: Any) -> Graph:
         blocks=blocks,
         stuck=stuck,
         norms=norms_of_sums(model, ops),
+        sites=find_sites(model, ops),
     )
 
 
@@ -105,7 +108,9 @@ def _check_eager(name: str, module: nn.Module, where: str) -> None:
         raise StructureError(
             f"{name} is scripted.", where=where, fix="prune the eager model, then script it."
         )
-    if module._compiled_call_impl is not None or _is_optimised(module):
+    # a forward that was compiled by itself runs no hook inside
+    alone = "_torchdynamo_orig_callable" in getattr(module.forward, "__dict__", {})
+    if alone or module._compiled_call_impl is not None or _is_optimised(module):
         raise StructureError(
             f"{name} is compiled.", where=where, fix="prune the eager model, then compile it."
         )

@@ -5,7 +5,7 @@ from torch_otprune.surgery.compact import compact_, renamed, take_out_
 from torch_otprune.surgery.copied import copied
 from torch_otprune.surgery.cut import check_cuts, cut_, merged, put_
 from torch_otprune.surgery.exchange import exchange_, gone
-from torch_otprune.surgery.oracle import disagreement, gap, masked
+from torch_otprune.surgery.oracle import compared, disagreement, gap, masked
 from torch_otprune.surgery.undo import Snapshot
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "compact_",
     "copied",
     "cut_",
+    "compared",
     "disagreement",
     "exchange_",
     "gap",

@@ -41,6 +41,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     check(model)
     check_cuts(model, plan.cuts)
     check_drops(model, plan.drops)
+    _check_lines(model, plan)
     found = fingerprint(model)
     if found != plan.fingerprint:
         raise PlanError(
@@ -48,6 +49,19 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             where=f"{type(model).__name__}, fingerprint {found[:12]}; plan {plan.fingerprint[:12]}",
             fix="apply it to the dense model it was made for.",
         )
+
+
+def _check_lines(model: nn.Module, plan: Plan) -> None:
+    names = {name for name, _ in model.named_modules()}
+    wanted = [path for line in plan.lines for path in (line.site, line.into) if path is not None]
+    wanted += [path for folding in plan.foldings for path in (*folding.layers, *folding.idle)]
+    for path in wanted:
+        if path not in names:
+            raise PlanError(
+                "the plan makes linear, or folds, a module that the model has not.",
+                where=f"'{path}'",
+                fix="apply the plan to the dense model it was made for.",
+            )
 
 
 def check_slices(graph: Graph, plan: Plan) -> None:
@@ -58,7 +72,7 @@ def check_slices(graph: Graph, plan: Plan) -> None:
         plan: what is about to be carried out.
 
     Raises:
-        PlanError: if a group is not there, or a slice was edited.
+        PlanError: if a group is not there, or a slice or a line was edited.
     """
     groups = {group.name: group for group in graph.groups}
     for cut in plan.cuts:
@@ -80,6 +94,17 @@ def check_slices(graph: Graph, plan: Plan) -> None:
                 f"the removal of '{drop.block}' does not fit the model.",
                 where="Plan.drops" if block else f"Plan.drops; blocks: {', '.join(blocks)}",
                 fix="apply the plan as attached.plan() made it; do not edit its swaps.",
+            )
+
+    sites = {site.name: site for site in graph.sites}
+    for line in plan.lines:
+        site = sites.get(line.site)
+        if site is None or site.reason:
+            said = "" if site is None else f": {site.reason}"
+            raise PlanError(
+                f"'{line.site}' cannot become linear{said}.",
+                where=f"Plan.lines; activations: {', '.join(sites)}",
+                fix="apply the plan as attached.plan() made it; do not edit its lines.",
             )
 
 

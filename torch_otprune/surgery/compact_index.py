@@ -50,7 +50,9 @@ def renumber_(entries: Sequence[Entry], types: list[Any] | None) -> list[Any] | 
     Returns:
         the types as they must be now; the same where no type lost all its attentions.
 
-    Limits: only numbers that grow by one from layer to layer; others mean something else.
+    Limits: only numbers that grow by one from layer to layer; others mean something else. Some
+    attention must stay: a cache that nobody fills knows no past. Places of sliding layers that
+    stay empty cannot be cropped, so Transformers' assisted decoding fails there.
     """
     for (path, name), found in _numbers(entries).items():
         mute = [n for n, e in enumerate(entries) if _under(path, set(_standins(e.module)))]

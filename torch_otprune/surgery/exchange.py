@@ -11,6 +11,7 @@ from torch_otprune.errors import PlanError
 from torch_otprune.nn import ChannelScale, LowRank, Skip, Zero
 from torch_otprune.plan.model import Drop
 from torch_otprune.structure.graph import Swap
+from torch_otprune.surgery.standin import stand_in_
 
 __all__ = ["check_drops", "exchange_", "gone"]
 
@@ -27,13 +28,12 @@ def exchange_(model: nn.Module, drops: Sequence[Drop]) -> None:
     """
     check_drops(model, drops)
     for swap in (swap for drop in drops for swap in drop.swaps):
-        owner, _, name = swap.path.rpartition(".")
-        parent, old = model.get_submodule(owner), model.get_submodule(swap.path)
+        old = model.get_submodule(swap.path)
         new = _stand_in(swap).train(old.training)
         first = next(old.parameters(), None)
         if first is not None and first.is_floating_point():
             new.to(device=first.device, dtype=first.dtype)
-        setattr(parent, name, new)
+        stand_in_(model, swap.path, new)
 
 
 def _stand_in(swap: Swap) -> nn.Module:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.plan.model import Cut, Drop
-from torch_otprune.structure.forward import evaluating, flat_tensors, run
+from torch_otprune.structure.forward import evaluating, first_line, flat_tensors, run
 from torch_otprune.structure.mute import muted
 from torch_otprune.surgery.copied import copied
 from torch_otprune.surgery.cut import cut_, merged
 from torch_otprune.surgery.exchange import exchange_
 
-__all__ = ["disagreement", "gap", "masked"]
+__all__ = ["compared", "disagreement", "gap", "masked"]
 
 
 class _Mask:
@@ -81,6 +81,23 @@ def disagreement(
         the largest difference relative to the largest output; infinity where the cut model
         does not run or its output has another shape.
     """
+    return compared(model, cuts, example, drops=drops)[0]
+
+
+def compared(
+    model: nn.Module, cuts: Sequence[Cut], example: Any, *, drops: Sequence[Drop] = ()
+) -> tuple[float, str]:
+    """Measure the disagreement, and say what it is.
+
+    Args:
+        model: the dense model; left as it was.
+        cuts: a plan's decisions.
+        example: one batch.
+        drops: blocks to take out as well.
+
+    Returns:
+        as `disagreement`, and one clause.
+    """
     small = copied(model)
     cut_(small, cuts)
     exchange_(small, drops)
@@ -90,9 +107,14 @@ def disagreement(
         try:
             with evaluating(small):
                 got = flat_tensors(run(small, example))
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
-            return float("inf")
-    return gap(expected, got)
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            return float("inf"), f"without it the model does not run: {first_line(error)}"
+    if [t.shape for t in expected] != [t.shape for t in got]:
+        few, many = len(got), len(expected)
+        change = "tensors of other shapes" if few == many else f"{few} tensors instead of {many}"
+        return float("inf"), f"without it the model returns {change}"
+    far = gap(expected, got)
+    return far, f"cut and masked outputs differ by {far:.1e} of the largest output"
 
 
 def gap(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:

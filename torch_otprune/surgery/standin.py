@@ -42,8 +42,8 @@ def stand_in_(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
             fix="apply the plan to the dense model it was made for.",
         )
     table[name] = module
+    taken = {*vars(module), *module._parameters, *module._buffers, *module._modules, *NUMBERS}
     for key, value in vars(old).items():
-        told = isinstance(value, PLAIN) and not key.startswith("_") and key not in NUMBERS
-        if told and key not in vars(module):
+        if isinstance(value, PLAIN) and not key.startswith("_") and key not in taken:
             vars(module)[key] = value
     return old

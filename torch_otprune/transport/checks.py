@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_otprune.errors import TransportError
 
-__all__ = ["cloud", "finite", "masses", "order_of", "refuse", "same_space"]
+__all__ = ["cloud", "clouds", "finite", "masses", "order_of", "refuse", "same_space"]
 
 
 def refuse(wrong: Tensor | bool, problem: str, *, where: str, fix: str) -> None:
@@ -34,17 +34,30 @@ def finite(x: Tensor, name: str) -> Tensor:
     return wide
 
 
-def cloud(x: Tensor, name: str) -> Tensor:
+def cloud(x: Tensor, name: str, *, batched: bool = False) -> Tensor:
     """Check a point cloud, points x dimensions; one dimension may be left out."""
     x = finite(x, name)
     x = x[:, None] if x.ndim == 1 else x
-    if x.ndim == 2 and x.numel():
+    if (x.ndim == 2 or (batched and x.ndim > 2)) and x.numel():
         return x
     raise TransportError(
         f"{name} of shape {tuple(x.shape)} is no point cloud.",
         where=f"argument {name}",
         fix="pass a matrix, points x dimensions, with at least one of each.",
     )
+
+
+def clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Check two clouds, or two batches of as many clouds, and give them one dtype and device."""
+    x, y = cloud(x, "x", batched=True), cloud(y, "y", batched=True)
+    refuse(
+        x.shape[:-2] != y.shape[:-2],
+        f"batches of shapes {tuple(x.shape)} and {tuple(y.shape)} do not match.",
+        where="arguments x and y",
+        fix="pass as many clouds on both sides, batch x points x dimensions.",
+    )
+    same_space(x, y)
+    return x, y.to(x)
 
 
 def masses(weights: Tensor | None, like: Tensor, size: int, name: str) -> Tensor:
@@ -75,10 +88,10 @@ def order_of(p: float) -> float:
 
 def same_space(x: Tensor, y: Tensor) -> None:
     """Refuse two clouds of different dimensions."""
-    if x.shape[1] == y.shape[1]:
+    if x.shape[-1] == y.shape[-1]:
         return
     raise TransportError(
-        f"points of {x.shape[1]} dimensions cannot be compared with points of {y.shape[1]}.",
+        f"points of {x.shape[-1]} dimensions cannot be compared with points of {y.shape[-1]}.",
         where="arguments x and y",
         fix="pass two clouds with the same number of columns.",
     )

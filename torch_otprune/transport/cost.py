@@ -10,7 +10,11 @@ from torch_otprune.transport.checks import order_of
 
 __all__ = ["ground_cost", "root", "sqdist"]
 
-BLOCK = 1024
+BLOCK = 512  # rows of a block of a symmetric matrix: what is above the diagonal is done twice
+ROWS = 1024  # rows of a block of any other
+CACHE = 2**18  # entries that stay in the cache while differences are added up, one axis a time
+MANY = 2**16  # entries of each matrix up to which a batch of them is one product
+SMALL = 2**14  # entries up to which one call of torch.cdist is faster than a few calls per axis
 # Below this share of the squared norms a matmul distance has lost half its digits.
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-9}
 
@@ -28,8 +32,7 @@ def sqdist(
         squared distances, non-negative; close pairs are recomputed from their differences.
     """
     if x.ndim > 2:
-        pairs = zip(x, x if y is None else y, strict=True)
-        return torch.stack([sqdist(a, None if y is None else b) for a, b in pairs])
+        return _batched(x, x if y is None else y, itself=y is None)
     if x.shape[1] <= 8:
         other = x if y is None else y
         return _by_difference(x, other)
@@ -65,10 +68,46 @@ def root(total: Tensor, p: float = 2.0) -> Tensor:
     return safe.pow(1 / p).where(total > 0, total.new_zeros(()))
 
 
+def _batched(x: Tensor, y: Tensor, *, itself: bool) -> Tensor:
+    """Measure many small clouds by one product, and large ones one by one."""
+    n, m, d = x.shape[-2], y.shape[-2], x.shape[-1]
+    live = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    if n * m > MANY or live:
+        pairs = zip(x, y, strict=True)
+        return torch.stack([sqdist(a, None if itself else b) for a, b in pairs])
+    left, right = x.reshape(-1, n, d), y.reshape(-1, m, d)
+    centre = (left.sum(1, keepdim=True) + right.sum(1, keepdim=True)) / (n + m)
+    left, right = left - centre, right - centre
+    norms = _squares(left)[:, :, None] + _squares(right)[:, None, :]
+    if itself:  # a point and itself are near, and known to be at 0
+        norms.diagonal(dim1=1, dim2=2).fill_(-1)
+    out = _block(left, right, norms)
+    if itself:
+        out.diagonal(dim1=1, dim2=2).fill_(0)
+    return out.reshape(*x.shape[:-2], n, m)
+
+
 def _by_difference(x: Tensor, y: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         return (x[:, None] - y[None]).square().sum(-1)
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    if x.device.type != "cpu" or len(x) * len(y) <= SMALL:
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    return _by_axis(x.T.contiguous(), y.T.contiguous())
+
+
+def _by_axis(x: Tensor, y: Tensor) -> Tensor:
+    """Add up squared differences, one row of x and y an axis, without leaving the cache."""
+    n, m = x.shape[1], y.shape[1]
+    step = max(1, CACHE // m)
+    out, spare = x.new_empty(n, m), x.new_empty(min(step, n), m)
+    for i in range(0, n, step):
+        total = out[i : i + step]
+        gap = spare[: len(total)]
+        torch.sub(x[0, i : i + step, None], y[0], out=total).square_()
+        for left, right in zip(x[1:, i : i + step, None], y[1:], strict=True):
+            torch.sub(left, right, out=gap)
+            total.addcmul_(gap, gap)
+    return out
 
 
 def _by_matmul(x: Tensor, y: Tensor) -> Tensor:
@@ -98,29 +137,34 @@ def _rectangular(x: Tensor, y: Tensor) -> Tensor:
     centre = (x.sum(0) + y.sum(0)) / (len(x) + len(y))
     x, y = x - centre, y - centre
     left, right = _squares(x)[:, None], _squares(y)
-    parts = [slice(i, i + BLOCK) for i in range(0, len(x), BLOCK)]
-    rows = [_block(x[part], y, left[part] + right) for part in parts]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    if len(x) <= ROWS:
+        return _block(x, y, left + right)
+    out = x.new_empty(len(x), len(y))
+    for i in range(0, len(x), ROWS):
+        rows = slice(i, i + ROWS)
+        out[rows] = _block(x[rows], y, left[rows] + right)
+    return out
 
 
 def _squares(x: Tensor) -> Tensor:
     """Square the length of every row in one pass that stores nothing else."""
-    length: Tensor = torch.linalg.vector_norm(x, dim=1)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1)
     return length.square_()
 
 
 def _block(x: Tensor, y: Tensor, norms: Tensor) -> Tensor:
     """Measure one block by matmul, and its close pairs again by difference."""
-    out = torch.addmm(norms, x, y.T, alpha=-2).clamp_(min=0)
+    product = torch.addmm if x.ndim == 2 else torch.baddbmm
+    out = product(norms, x, y.mT, alpha=-2).clamp_(min=0)
     near = out <= norms.mul_(CLOSE[x.dtype])
+    if not bool(near.any()):
+        return out
     count = int(near.count_nonzero())
-    if count and x.dtype == torch.float32 and count > out.numel() // 16:
+    if x.dtype == torch.float32 and count > out.numel() // 16:
         x, y = x.double(), y.double()
-        return _block(x, y, _squares(x)[:, None] + _squares(y)).float()
-    if count:
-        rows, columns = near.nonzero(as_tuple=True)
-        step = max(1, 2**22 // x.shape[1])
-        for i in range(0, count, step):
-            r, c = rows[i : i + step], columns[i : i + step]
-            out[r, c] = (x[r] - y[c]).square_().sum(1)
+        return _block(x, y, _squares(x)[..., None] + _squares(y)[..., None, :]).float()
+    step = max(1, 2**22 // x.shape[-1])
+    for part in near.nonzero().split(step):
+        at = tuple(part.unbind(1))
+        out[at] = (x[at[:-1]] - y[at[:-2] + at[-1:]]).square_().sum(1)
     return out

@@ -68,11 +68,12 @@ class Coupling:
     @cached_property
     def cost(self) -> float:
         """Sum cost x mass over the plan: W_p^p where the cost is a distance to the power p."""
-        if self.links is not None:
-            on = self.geometry.pairs(self.links.rows, self.links.columns)
-            return float(on.double() @ self.links.mass.double())
-        total = sum((plan * cost).sum(dtype=torch.float64) for _, cost, plan in self._blocks())
-        return float(total)
+        if self.links is None:
+            return math.fsum(_priced(plan, cost) for _, cost, plan in self._blocks())
+        if self.links.total is not None:
+            return self.links.total
+        on = self.geometry.pairs(self.links.rows, self.links.columns)
+        return float(on.double() @ self.links.mass.double())
 
     def cost_of(self, cost: Float[Tensor, "n m"] | None) -> Float[Tensor, ""]:
         """Price the frozen plan under a cost, differentiably in that cost.
@@ -164,7 +165,13 @@ class Coupling:
         return self
 
     def _dense(self) -> Tensor:
-        return torch.cat([plan for _, _, plan in self._blocks()])
+        """Form the plan, and its cost on the way, which nearly always is asked for as well."""
+        plans, total = [], 0.0
+        for _, cost, plan in self._blocks():
+            plans.append(plan)
+            total += _priced(plan, cost)
+        self.__dict__["cost"] = total  # where `cached_property` looks
+        return plans[0] if len(plans) == 1 else torch.cat(plans)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         assert self.dual is not None
@@ -172,6 +179,12 @@ class Coupling:
         # Mass below the square root of the smallest normal number is none: subnormals are slow.
         least = 0.5 * math.log(torch.finfo(f.dtype).tiny)
         for rows, cost in self.geometry.blocks():
-            power = (f[rows, None] + g).sub_(cost).div_(self.eps)
+            power = torch.add(f[rows, None], g).sub_(cost).mul_(1 / self.eps)
             plan = torch.threshold_(power, least, -math.inf).exp_()
             yield rows, cost, plan.mul_(self.a[rows, None]).mul_(self.b)
+
+
+def _priced(plan: Tensor, cost: Tensor) -> float:
+    """Sum plan x cost: rows in their own precision, which is one short sum each, then in double."""
+    # What the log domain finished is in double, whatever its cost is in.
+    return float(torch.linalg.vecdot(plan, cost.to(plan)).sum(dtype=torch.float64))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch_otprune.transport.dispatch import Choice, Problem, choose
 from torch_otprune.transport.exact import Links, solve_exact, solve_line
 from torch_otprune.transport.geometry import Cloud, Geometry, Stored, softmin
 from torch_otprune.transport.keops import available, softmin_keops
+from torch_otprune.transport.matching import DIRECT, few, point_costs, shortest_paths
 from torch_otprune.transport.reduce import principal
 from torch_otprune.transport.sinkhorn import Potentials, damping, log_domain, scaling
 
@@ -23,6 +26,7 @@ __all__ = ["coupling", "coupling_points", "couplings"]
 
 EPS = 0.02  # of the mean cost, where a temperature is needed and none was given
 KEPT = 64  # dimensions from which a cost that fits is kept with its plan, not computed again
+LITTLE = 2**22  # entries up to which it is kept in any dimension: 16 MiB in float32
 HARD = (math.inf, math.inf)
 
 
@@ -113,9 +117,15 @@ def coupling_points(
     x, y, p = cloud(x, "x").detach(), cloud(y, "y").detach(), order_of(p)
     same_space(x, y)
     y = y.to(x)
+    plain = a is None and b is None and eps is None and relax == HARD
+    if plain and solver == "auto" and dims is None and not explain and few(x, y):
+        found = _matched(x, y, p)
+        if found is not None:
+            return found
     ask = _Ask(eps, relax, solver, tol, limit, explain)
     x, y, left_out = principal(x, y, dims)
-    return replace(_solve(Cloud(x, y, p), a, b, ask), left_out=left_out)
+    found = _solve(Cloud(x, y, p), a, b, ask)
+    return replace(found, left_out=left_out) if left_out else found
 
 
 def couplings(
@@ -164,6 +174,28 @@ def couplings(
     ]
 
 
+def _matched(x: Tensor, y: Tensor, p: float) -> Coupling | None:
+    """Couple few points of equal mass, or nothing where the table or the data ask for more."""
+    n, d = x.shape
+    choice = _usual(n, d)
+    if choice.solver != "exact":
+        return None
+    cost = point_costs(x, y, p=p)
+    if cost[0, 0] <= cost[0].min():  # perhaps paired samples, which have a solver of their own
+        return None
+    columns = shortest_paths(cost)
+    # Costs by matmul have lost digits that the plan's own cost should show.
+    total = float(cost[np.arange(n), columns].sum()) / n if d <= DIRECT else None
+    a, rows = x.new_full((n,), 1 / n), torch.arange(n)
+    links = Links(rows, torch.from_numpy(columns), a.double(), single=True, total=total)
+    return Coupling(Cloud(x, y, p), a, a, 0.0, "exact", choice.why, links=links)
+
+
+@lru_cache(maxsize=256)
+def _usual(n: int, d: int) -> Choice:
+    return choose(Problem(n, n, d))
+
+
 @dataclass(frozen=True)
 class _Ask:
     """What the caller fixed."""
@@ -199,7 +231,7 @@ def _solve(geometry: Geometry, a: Tensor | None, b: Tensor | None, ask: _Ask) ->
         return Coupling(geometry, a, b, 0.0, choice.solver, why, links=links)
     scale = geometry.mean() or 1.0
     eps = scale * (ask.eps or EPS)
-    if choice.solver == "scaling" and like.shape[1] > KEPT:
+    if choice.solver == "scaling" and (like.shape[1] > KEPT or n * m <= LITTLE):
         geometry = Stored(geometry.block(slice(None)))
     found = _entropic(geometry, a, b, ask, eps=eps, solver=choice.solver)
     return _coupling(geometry, a, b, eps=eps, solver=choice.solver, why=why, found=found)
@@ -245,7 +277,8 @@ def _equal(weights: Tensor) -> bool:
 def _choice(geometry: Geometry, uniform: bool, ask: _Ask) -> Choice:
     (n, m), like = geometry.shape, geometry.like
     d = geometry.x.shape[1] if isinstance(geometry, Cloud) else 0
-    if ask.relax == (math.inf, 0.0) and not ask.eps:
+    _consistent(ask, d)
+    if ask.relax == (math.inf, 0.0) and not ask.eps and ask.solver == "auto":
         return Choice("nearest", "a free second marginal lets every source take its nearest", ())
     if ask.eps == 0 and ask.solver == "auto" and d != 1:
         refuse(
@@ -267,6 +300,30 @@ def _choice(geometry: Geometry, uniform: bool, ask: _Ask) -> Choice:
         keops=available if known else lambda: False,
     )
     return choose(problem, ask.solver)
+
+
+def _consistent(ask: _Ask, d: int) -> None:
+    """Refuse a forced solver that would have to overrule another setting."""
+    refuse(
+        ask.solver == "line" and d != 1,
+        "solver='line' needs points of one dimension.",
+        where="coupling_points, argument solver",
+        fix="pass x and y with one column each, or solver='auto'.",
+    )
+    exact = ask.solver in {"line", "exact"}
+    refuse(
+        exact and (bool(ask.eps) or ask.relax != HARD),
+        f"solver={ask.solver!r} is exact and has hard marginals, but eps is {ask.eps} and relax is "
+        f"{ask.relax}.",
+        where="coupling, argument solver",
+        fix="leave eps and relax out, or pass solver='auto'.",
+    )
+    refuse(
+        ask.solver not in {"auto", "line", "exact"} and ask.eps == 0,
+        f"eps=0 insists on an exact plan, which solver={ask.solver!r} does not give.",
+        where="coupling, arguments eps and solver",
+        fix="pass eps=0.01, or solver='exact'.",
+    )
 
 
 def _paired(geometry: Geometry, same: bool, ask: _Ask) -> bool:

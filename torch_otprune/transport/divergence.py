@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.transport.checks import cloud, masses, order_of, refuse, same_space
+from torch_otprune.transport.checks import cloud, clouds, masses, order_of, refuse, same_space
 from torch_otprune.transport.cost import root
 from torch_otprune.transport.couple import REFUSE
 from torch_otprune.transport.dispatch import LOW_CPU, LOW_CUDA, STORED, Choice
 from torch_otprune.transport.geometry import Cloud, Geometry, Stored, softmin
 from torch_otprune.transport.keops import LOCK, available, import_keops, softmin_keops
+from torch_otprune.transport.layers import debiased, small
 from torch_otprune.transport.reduce import principal
 from torch_otprune.transport.sinkhorn import log_domain, scaling
 
@@ -47,28 +48,29 @@ class Divergence:
 
 
 def divergence(
-    x: Float[Tensor, "n d"],
-    y: Float[Tensor, "m d"],
-    a: Float[Tensor, " n"] | None = None,
-    b: Float[Tensor, " m"] | None = None,
+    x: Float[Tensor, "*batch n d"],
+    y: Float[Tensor, "*batch m d"],
+    a: Float[Tensor, "*#batch n"] | None = None,
+    b: Float[Tensor, "*#batch m"] | None = None,
     *,
     p: float = 2.0,
     eps: float = 0.02,
     solver: str = "auto",
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, "*batch"]:
     """Measure a debiased entropic W_p between two clouds, smooth enough to train with.
 
     Args:
-        x: points of one measure.
+        x: points of one measure; layers of one shape may be stacked in front.
         y: points of the other, in the same space.
-        a: weights of x, scaled to total 1; None is uniform.
+        a: weights of x, scaled to total 1, per layer or for all; None is uniform.
         b: weights of y, likewise.
         p: order of the distance.
         eps: temperature relative to the mean cost between the clouds.
         solver: `scaling`, `geomloss`, `blocks` or `auto`.
 
     Returns:
-        the distance in the unit of the points, zero for equal measures; differentiable.
+        the distance in the unit of the points, one per layer, zero for equal measures;
+        differentiable.
 
     Source: Feydy et al. 2019, by way of geomloss, whose own values are W_p^p / p. Gradients are
     those of frozen potentials (Danskin), not of the iteration.
@@ -78,7 +80,25 @@ def divergence(
         >>> round(float(divergence(x, x + 3.0)), 3)
         3.0
     """
-    return divergence_report(x, y, a, b, p=p, eps=eps, solver=solver).distance
+    if x.ndim <= 2:
+        return divergence_report(x, y, a, b, p=p, eps=eps, solver=solver).distance
+    (x, y), p = clouds(x, y), order_of(p)
+    _warm(eps)
+    *batch, n, d = x.shape
+    m = y.shape[-2]
+    a, b = masses(a, x, n, "a").reshape(-1, n), masses(b, y, m, "b").reshape(-1, m)
+    a, b = a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True)
+    x, y, found = x.reshape(-1, n, d), y.reshape(-1, m, d), None
+    if solver in {"auto", "scaling"} and small(x, y):
+        found = debiased(x, y, a, b, p=p, eps=eps)
+    if found is None:
+        each = zip(x, y, a, b, strict=True)
+        found = torch.stack([divergence(*one, p=p, eps=eps, solver=solver) for one in each])
+    return found.reshape(batch)
+
+
+def _warm(eps: float) -> None:
+    refuse(not eps > 0, f"eps is {eps}.", where="divergence, argument eps", fix="pass 0.02.")
 
 
 def divergence_report(
@@ -112,7 +132,7 @@ def divergence_report(
     y = y.to(x)
     a, b = masses(a, x[:0, :0], len(x), "a"), masses(b, y[:0, :0], len(y), "b")
     a, b = a / a.sum(), b / b.sum()
-    refuse(not eps > 0, f"eps is {eps}.", where="divergence, argument eps", fix="pass 0.02.")
+    _warm(eps)
     x, y, left_out = principal(x, y, dims)
     choice = _choice(x, y, p, solver)
     heat = eps * Cloud(x.detach(), y.detach(), p).mean()

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch_otprune.errors import TransportError
 from torch_otprune.transport.checks import finite, refuse
 from torch_otprune.transport.dispatch import REPEAT
+from torch_otprune.transport.matching import WARM, shortest_paths
 from torch_otprune.transport.sinkhorn import scaling
 
 __all__ = ["Links", "assignment", "duals", "match", "order", "solve_exact", "solve_line"]
-
-WARM = 300  # points from which potentials are worth their price before an assignment
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Links:
         f: dual potential of the sources, where the solver knows it.
         g: dual potential of the targets.
         single: whether every source has exactly one link, with all of its mass.
+        total: sum of cost x mass, where the solver knows it.
     """
 
     rows: Int[Tensor, " links"]
@@ -39,12 +39,13 @@ class Links:
     f: Float[Tensor, " n"] | None = None
     g: Float[Tensor, " m"] | None = None
     single: bool = False
+    total: float | None = None
 
     def to(self, device: torch.device) -> Links:
         """Move everything to a device."""
         f, g = (None if part is None else part.to(device) for part in (self.f, self.g))
         rows, columns, mass = (part.to(device) for part in (self.rows, self.columns, self.mass))
-        return Links(rows, columns, mass, f, g, self.single)
+        return Links(rows, columns, mass, f, g, self.single, self.total)
 
 
 def assignment(cost: Float[Tensor, "n m"]) -> Int[Tensor, " n"]:
@@ -84,9 +85,10 @@ def match(cost: Float[Tensor, "n n"]) -> Int[Tensor, " n"]:
     Returns:
         the target of each source.
     """
-    # Augmenting paths end sooner on reduced costs. Few points do with the nearest source of each
-    # target (the column reduction of Jonker & Volgenant 1987).
-    return _augmenting_paths(cost - cost.amin(0) if len(cost) < WARM else _reduced(cost))
+    # Augmenting paths end sooner on reduced costs; few points do with a reduction of columns.
+    if len(cost) >= WARM:
+        return _augmenting_paths(_reduced(cost))
+    return torch.from_numpy(shortest_paths(cost.cpu().double().numpy())).to(cost.device)
 
 
 def solve_exact(

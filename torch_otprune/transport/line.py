@@ -13,7 +13,7 @@ from torch_otprune.transport.cost import root, sqdist
 __all__ = ["pairwise_1d", "quantiles", "sort_rows", "wasserstein_1d"]
 
 
-def sort_rows(x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
+def sort_rows(x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
     """Sort every row; on a CPU by numpy, whose vector sort is many times faster."""
     if x.device.type != "cpu":
         return x.sort(dim=-1, stable=True).values
@@ -25,28 +25,29 @@ def sort_rows(x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
 
 
 def pairwise_1d(
-    x: Float[Tensor, "samples channels"], *, p: float = 2.0
-) -> Float[Tensor, "channels channels"]:
+    x: Float[Tensor, "*batch samples channels"], *, p: float = 2.0
+) -> Float[Tensor, "*batch channels channels"]:
     """Measure W_p between every two columns, each a one-dimensional measure.
 
     Args:
-        x: one column per measure, all weighted uniformly, in any unit.
+        x: one column per measure, all weighted uniformly, in any unit; layers of one shape may be
+            stacked in front.
         p: order of the distance, at least 1.
 
     Returns:
-        a symmetric matrix with a zero diagonal, in the unit of `x`.
+        a symmetric matrix with a zero diagonal, in the unit of `x`, one per layer.
 
     Source: equal-size 1-D measures couple in sorted order (Peyré & Cuturi 2019, Remark 2.28), so
     the distance is exact; p=2 goes by matmul, and pairs that nearly coincide by difference.
 
     Limits: p other than 2 costs samples x channels^2 without a matmul to help.
     """
-    x, p = cloud(x, "x"), order_of(p)
-    rows = sort_rows(x.T)
+    x, p = cloud(x, "x", batched=True), order_of(p)
+    rows, samples = sort_rows(x.mT), x.shape[-2]
     if p == 2:
-        return root(sqdist(rows).div_(len(x)))
+        return root(sqdist(rows).div_(samples))
     total = torch.cdist(rows, rows, p=p, compute_mode="donot_use_mm_for_euclid_dist")
-    distance: Tensor = total / len(x) ** (1 / p)  # a mean over samples, not a sum
+    distance: Tensor = total / samples ** (1 / p)  # a mean over samples, not a sum
     return distance
 
 

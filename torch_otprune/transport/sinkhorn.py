@@ -85,22 +85,20 @@ class _Kernel:
     ) -> None:
         self.cost, self.a, self.b, self.eps, self.damp = cost, a, b, eps, damp
         self.f, self.g = torch.zeros_like(a), torch.zeros_like(b)
-        self.room = math.log(torch.finfo(cost.dtype).max) / 4
+        room = math.log(torch.finfo(cost.dtype).max) / 4
         # Subnormal numbers are slow: the kernel stops above them, far below what can matter.
-        self.least = 0.7 * math.log(torch.finfo(cost.dtype).tiny)
+        self.powers = (0.7 * math.log(torch.finfo(cost.dtype).tiny), 2 * room)
+        self.high = math.exp(room)
         self.mass = a.sum(-1)
         self.kernel = torch.empty_like(cost)
         self.error = torch.full_like(self.mass, torch.inf)
         self.iterations = 0
         self.absorb()
-        self.relax = torch.ones_like(self.mass)
-
-    def reset(self) -> None:
-        self.log_u, self.log_v = torch.zeros_like(self.a), torch.zeros_like(self.b)
+        self.relax: Tensor | None = None
 
     def potentials(self) -> tuple[Tensor, Tensor]:
         e = self.eps[:, None]
-        return self.f + e * self.log_u, self.g + e * self.log_v
+        return self.f + e * self.u.log(), self.g + e * self.v.log()
 
     def heat(self, eps: Tensor) -> None:
         """Change the temperature, keeping the potentials."""
@@ -110,28 +108,40 @@ class _Kernel:
 
     def absorb(self) -> None:
         """Rebuild the kernel around the current potentials."""
-        e = self.eps[:, None, None]
-        torch.sub(self.f[:, :, None], self.cost, out=self.kernel)
-        self.kernel.add_(self.g[:, None, :]).div_(e)
-        self.kernel.clamp_(min=self.least, max=2 * self.room).exp_()
-        self.reset()
+        e = self.eps[:, None]
+        torch.add((self.f / e)[:, :, None], (self.g / e)[:, None, :], out=self.kernel)
+        if len(self.eps) == 1:
+            self.kernel.sub_(self.cost, alpha=1 / float(self.eps))
+        else:
+            self.kernel.addcdiv_(self.cost, e[:, :, None], value=-1)
+        self.kernel.clamp_(*self.powers).exp_()
+        self.u, self.v = torch.ones_like(self.a), torch.ones_like(self.b)
 
     def run(self, *, tol: float, limit: int) -> bool:
         """Iterate at this temperature; say whether the arithmetic held."""
-        self.relax = torch.ones_like(self.mass)
+        self.relax = None
         for self.iterations in range(1, limit + 1):
             look = self.iterations % CHECK == 0 or self.iterations == limit or self.iterations < 3
             before = self.error
             if not self.step(look):
+                continue
+            low, high = self.extremes()
+            if not (low > 0 and high < math.inf):
                 return False
-            if look and bool((self.error <= tol).all()):
+            if bool((self.error <= tol).all()):
                 return True
-            if look and self.far():
+            if max(high, 1 / low) > self.high:
                 self.f, self.g = self.potentials()
                 self.absorb()
-            if look and self.iterations >= CHECK:
+            if self.iterations >= CHECK:
                 self.hurry(before)
         return True
+
+    def extremes(self) -> tuple[float, float]:
+        """Give the smallest and the largest scaling; NaN where there is one."""
+        ends = torch.stack([*self.u.aminmax(), *self.v.aminmax()]).tolist()
+        # min() and max() would lose a NaN.
+        return (math.nan, math.nan) if math.isnan(sum(ends)) else (min(ends), max(ends))
 
     def hurry(self, before: Tensor) -> None:
         """Choose how far to overshoot each half step, from how fast the error has fallen.
@@ -144,35 +154,30 @@ class _Kernel:
         ratio = self.error / before.clamp(min=torch.finfo(before.dtype).tiny)
         if self.iterations == CHECK:
             rate = ratio.clamp(max=0.99).pow(1 / (CHECK - 2))
-            self.relax = 2 / (1 + (1 - rate).sqrt())
-        self.relax = self.relax.where(ratio < 1, self.relax.new_ones(()))
-
-    def far(self) -> bool:
-        return float(torch.maximum(self.log_u.abs().max(), self.log_v.abs().max())) > self.room
+            self.relax = (2 / (1 + (1 - rate).sqrt()))[:, None]
+        elif self.relax is not None:
+            self.relax = self.relax.where(ratio[:, None] < 1, self.relax.new_ones(()))
 
     def step(self, look: bool) -> bool:
-        """Take one iteration; columns last, so only the rows can be wrong."""
+        """Take one iteration, columns last, so that only the rows can be wrong."""
         # What is looked at and what is returned come from plain steps, which meet the columns.
-        plain = look or (self.iterations + 1) % CHECK == 0
-        relax = torch.ones_like(self.mass) if plain else self.relax
-        rows = torch.matmul(self.kernel, (self.b * self.log_v.exp())[:, :, None])[:, :, 0]
+        relax = None if look or (self.iterations + 1) % CHECK == 0 else self.relax
+        rows = torch.bmm(self.kernel, (self.b * self.v)[:, :, None])[:, :, 0]
         new = self._scale(rows, self.f, self.damp[0])
         if look:
-            if not bool(new.isfinite().all()):
-                return False
-            moved = self.a * rows * (self.log_u.exp() - new.exp()).abs()
-            self.error = moved.sum(-1) / self.mass
-        self.log_u = self.log_u.lerp(new, relax[:, None])
-        columns = torch.matmul((self.a * new.exp())[:, None, :], self.kernel)[:, 0]
-        self.log_v = self.log_v.lerp(self._scale(columns, self.g, self.damp[1]), relax[:, None])
-        return not look or bool(self.log_v.isfinite().all())
+            self.error = (self.a * rows * (self.u - new).abs_()).sum(-1) / self.mass
+        self.u = new if relax is None else (new / self.u).pow_(relax).mul_(self.u)
+        columns = torch.bmm((self.a * self.u)[:, None, :], self.kernel)[:, 0]
+        new = self._scale(columns, self.g, self.damp[1])
+        self.v = new if relax is None else (new / self.v).pow_(relax).mul_(self.v)
+        return look
 
     def _scale(self, total: Tensor, base: Tensor, damp: float) -> Tensor:
-        """Solve one half step for the log scaling on top of the potential `base`."""
+        """Solve one half step for the scaling on top of the potential `base`."""
         if damp == 1:
-            return -total.log()
+            return total.reciprocal()
         scaled = base / self.eps[:, None]
-        return damp * (scaled - total.log()) - scaled
+        return (damp * (scaled - total.log()) - scaled).exp()
 
 
 def log_domain(
@@ -207,17 +212,46 @@ def log_domain(
     """
     log_a, log_b = a.log(), b.log()
     f, g = (torch.zeros_like(a), torch.zeros_like(b)) if first is None else first
-    heat = max(start, eps)
+    heat, pace = max(start, eps), _Pace(damp == (1.0, 1.0))
     while True:
         heat = max(heat / STAGES, eps)
         last = heat == eps
         for count in range(1, (limit if last else 3) + 1):
+            look, relax = pace.plan(count, last=count == limit or not last)
             new = damp[0] * softmin_rows(log_b + g / heat, heat)
-            # The row marginal of the current plan, over the one the new potential would have.
-            moved = a * ((f - new) / heat).expm1().abs()
-            error, f = moved.sum() / a.sum(), new
-            g = damp[1] * softmin_columns(log_a + f / heat, heat)
-            if float(error) <= tol or (last and count == limit):
+            if look:
+                # The row marginal of the current plan, over the one the new potential would have.
+                error = (a * ((f - new) / heat).expm1().abs()).sum() / a.sum()
+            f = new if relax == 1 else torch.lerp(f, new, relax)
+            new = damp[1] * softmin_columns(log_a + f / heat, heat)
+            g = new if relax == 1 else torch.lerp(g, new, relax)
+            if look and (float(error) <= tol or (last and count == limit)):
                 break
+            if look and last:
+                pace.see(count, float(error))
         if last:
             return Potentials(f, g, error, count)
+
+
+class _Pace:
+    """How far to overshoot in the log domain: as `_Kernel.hurry` does, for one problem."""
+
+    def __init__(self, hard: bool) -> None:
+        self.hard, self.relax, self.before = hard, 1.0, math.inf
+
+    def plan(self, count: int, *, last: bool) -> tuple[bool, float]:
+        """Say whether to look at the marginals, and by what to overshoot."""
+        if self.relax == 1 or last:
+            return True, 1.0
+        return count % CHECK == 0, self.relax if (count + 1) % CHECK > 1 else 1.0
+
+    def see(self, count: int, error: float) -> None:
+        """Learn from the error after so many iterations at the final temperature."""
+        if not self.hard or (count % CHECK and count != 2):
+            return
+        if count == CHECK:
+            rate = min(0.99, error / max(self.before, 1e-300)) ** (1 / (CHECK - 2))
+            self.relax = 2 / (1 + math.sqrt(1 - rate))
+        if count > 2 and not error < self.before:
+            self.relax = 1.0
+        self.before = error

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.transport.checks import cloud, order_of, same_space
+from torch_otprune.transport.checks import cloud, clouds, order_of
 from torch_otprune.transport.cost import root, sqdist
-from torch_otprune.transport.exact import solve_line
+from torch_otprune.transport.exact import Links, solve_line
 from torch_otprune.transport.line import quantiles, wasserstein_1d
 
 __all__ = [
@@ -72,21 +73,22 @@ def sliced(
 
     Limits: never above W_p, and at most W_p apart from it by what is not seen in projections.
     """
-    if x.ndim > 2:
-        pairs = zip(x, y, strict=True)
-        return torch.stack([sliced(s, t, p=p, count=count, seed=seed) for s, t in pairs])
-    x, y, p = cloud(x, "x"), cloud(y, "y"), order_of(p)
-    same_space(x, y)
-    if x.shape[1] == 1:
-        return wasserstein_1d(x, y, p=p)[0]
-    theta = directions(x.shape[1], count, seed=seed).to(x)
-    step = max(1, ENTRIES // max(len(x), len(y)))
-    parts = [
-        wasserstein_1d(x @ part, y.to(x) @ part, p=p) for part in torch.split(theta, step, dim=1)
-    ]
-    every = torch.cat(parts)
-    top = every.detach().max().clamp(min=torch.finfo(x.dtype).tiny)
-    return top * root((every / top).pow(p).mean(), p)
+    (x, y), p = clouds(x, y), order_of(p)
+    *batch, n, d = x.shape
+    if d == 1:
+        return _columns(x, y, p).reshape(batch)
+    theta = directions(d, count, seed=seed).to(x)
+    step = max(1, ENTRIES // (math.prod(batch) * max(n, y.shape[-2])))
+    every = torch.cat([_columns(x @ t, y @ t, p) for t in torch.split(theta, step, dim=1)], dim=-1)
+    top = every.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return top[..., 0] * root((every / top).pow(p).mean(-1), p)
+
+
+def _columns(s: Tensor, t: Tensor, p: float) -> Tensor:
+    """Measure W_p between matching columns of two batches, all columns of all at once."""
+    *batch, columns = s[..., 0, :].shape
+    left, right = (c.movedim(-2, 0).reshape(c.shape[-2], -1) for c in (s, t))
+    return wasserstein_1d(left, right, p=p).reshape(*batch, columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,17 +99,17 @@ class MaxSliced:
         distance: W_p along the direction, differentiable in the points: a lower bound of W_p,
             and of the true maximum.
         direction: unit vector.
-        steps: how many were taken from the start that won.
+        steps: how many were taken from the start that won, the most in a batch.
     """
 
-    distance: Float[Tensor, ""]
-    direction: Float[Tensor, " d"]
+    distance: Float[Tensor, "*batch"]
+    direction: Float[Tensor, "*batch d"]
     steps: int
 
 
 def max_sliced(
-    x: Float[Tensor, "n d"],
-    y: Float[Tensor, "m d"],
+    x: Float[Tensor, "*batch n d"],
+    y: Float[Tensor, "*batch m d"],
     *,
     p: float = 2.0,
     steps: int = 20,
@@ -117,90 +119,91 @@ def max_sliced(
     """Find the direction in which two clouds differ most.
 
     Args:
-        x: one cloud.
-        y: another, in the same space.
+        x: one cloud, or a batch of them.
+        y: as many others, in the same space.
         p: order of the distance.
         steps: power steps from each start, with the matching of the last step frozen.
         restarts: random starts beside the informed ones.
         seed: of the random starts.
 
     Returns:
-        distance and direction; a lower bound of the maximum, as the problem is not concave.
+        distance and direction of each pair; a lower bound of the maximum, as the problem is not
+        concave.
 
     Source: Deshpande et al. 2019 for the distance; the frozen-matching power step is ours: for a
     fixed matching the squared distance is a quadratic form, and its power step costs n x d.
     """
-    x, y, p = cloud(x, "x"), cloud(y, "y"), order_of(p)
-    same_space(x, y)
-    y = y.to(x)
+    (x, y), p = clouds(x, y), order_of(p)
+    *batch, n, d = x.shape
+    xs, ys = x.detach().reshape(-1, n, d), y.detach().reshape(-1, y.shape[-2], d)
     with torch.no_grad():
-        theta, taken = _best_direction(
-            x.detach(), y.detach(), p=p, steps=steps, restarts=restarts, seed=seed
-        )
-    distance = wasserstein_1d(x @ theta[:, None], y @ theta[:, None], p=p)[0]
+        theta, taken = _best_directions(xs, ys, p=p, steps=steps, restarts=restarts, seed=seed)
+    theta = theta.reshape(*batch, d)
+    distance = _columns(x @ theta[..., None], y @ theta[..., None], p)[..., 0]
     return MaxSliced(distance, theta, taken)
 
 
-def _best_direction(
+def _best_directions(
     x: Tensor, y: Tensor, *, p: float, steps: int, restarts: int, seed: int
 ) -> tuple[Tensor, int]:
-    theta = _starts(x, y, restarts, seed)
-    best, value, taken = theta[:, 0], x.new_tensor(-1.0), 0
+    theta, ranks = _starts(x, y, restarts, seed), _ranks(x[0], y[0])
+    best, value = theta[:, :, 0], x.new_full((len(x),), -1.0)
+    taken = torch.zeros_like(value, dtype=torch.long)
+    live = torch.ones_like(taken, dtype=torch.bool)
     for step in range(steps + 1):
-        pull, power = _pull(x, y, theta, p)
-        top = power.argmax()
-        if power[top] > value * (1 + 1e-6):
-            best, value, taken = theta[:, top].clone(), power[top], step
-        elif step > 3:
+        pull, power = _pull(x, y, theta, ranks, p)
+        most, top = power.max(1)
+        better = live & (most > value * (1 + 1e-6))
+        found = theta.gather(2, top[:, None, None].expand(-1, theta.shape[1], 1))[:, :, 0]
+        best, value = found.where(better[:, None], best), most.where(better, value)
+        taken = taken.masked_fill(better, step)
+        live = live & (better | (step <= 3))
+        if not bool(live.any()):
             break
-        length = pull.norm(dim=0)
+        length = pull.norm(dim=1, keepdim=True)
         theta = torch.where(length > 0, pull / length.clamp(min=1e-30), theta)
-    return best, taken
+    return best, int(taken.max())
 
 
 def _starts(x: Tensor, y: Tensor, restarts: int, seed: int) -> Tensor:
     """Start from the shift of the mean, the largest changes of spread, and at random."""
-    shift = (x.mean(0) - y.mean(0))[:, None]
-    random = directions(x.shape[1], max(1, restarts), seed=seed).to(x)
-    spread = _spread_changes(x, y)
-    theta = torch.cat([shift, spread, random], dim=1)
-    length = theta.norm(dim=0)
-    return torch.where(length > 0, theta / length.clamp(min=1e-30), random[:, :1])
+    shift = (x.mean(1) - y.mean(1))[:, :, None]
+    random = directions(x.shape[2], max(1, restarts), seed=seed).to(x).expand(len(x), -1, -1)
+    theta = torch.cat([shift, _spread_changes(x, y), random], dim=2)
+    length = theta.norm(dim=1, keepdim=True)
+    return torch.where(length > 0, theta / length.clamp(min=1e-30), random[:, :, :1])
 
 
 def _spread_changes(x: Tensor, y: Tensor) -> Tensor:
     """Find the directions whose variance changes most, by a few subspace iterations."""
-    theta = directions(x.shape[1], min(4, x.shape[1]), seed=1).to(x)
-    x, y = x - x.mean(0), y - y.mean(0)
+    d = x.shape[2]
+    theta = directions(d, min(4, d), seed=1).to(x).expand(len(x), -1, -1)
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     for _ in range(6):
-        theta = x.T @ (x @ theta) / len(x) - y.T @ (y @ theta) / len(y)
-        if not bool(theta.abs().max() > 0):
-            return directions(x.shape[1], 1, seed=1).to(x)
-        theta = torch.linalg.qr(theta / theta.abs().max())[0]
+        new = x.mT @ (x @ theta) / x.shape[1] - y.mT @ (y @ theta) / y.shape[1]
+        scale = new.abs().amax((1, 2), keepdim=True)
+        frame = torch.linalg.qr(torch.where(scale > 0, new / scale.clamp(min=1e-30), theta))[0]
+        theta = torch.where(scale > 0, frame, theta)
     return theta
 
 
-def _pull(x: Tensor, y: Tensor, theta: Tensor, p: float) -> tuple[Tensor, Tensor]:
+def _ranks(x: Tensor, y: Tensor) -> Links:
+    """Couple places in sorted order: on the line every two samples of these sizes go alike."""
+    places = (torch.arange(len(c), device=c.device).to(c) for c in (x, y))
+    weights = (c.new_full((len(c),), 1 / len(c)) for c in (x, y))
+    return solve_line(*places, *weights, uniform=True)
+
+
+def _pull(x: Tensor, y: Tensor, theta: Tensor, links: Links, p: float) -> tuple[Tensor, Tensor]:
     """Return the ascent direction and W_p^p for each column of theta, its matching frozen."""
     s, t = x @ theta, y @ theta
-    if len(x) == len(y):
-        i, j = s.argsort(dim=0, stable=True), t.argsort(dim=0, stable=True)
-        gap = s.gather(0, i) - t.gather(0, j)
-        force = gap.abs().pow(p - 1) * gap.sign() / len(x)
-        at_x = torch.zeros_like(s).scatter_(0, i, force)
-        at_y = torch.zeros_like(t).scatter_(0, j, force)
-        return x.T @ at_x - y.T @ at_y, gap.abs().pow(p).mean(0)
-    a, b = x.new_full((len(x),), 1 / len(x)), y.new_full((len(y),), 1 / len(y))
-    pulls, powers = [], []
-    for left, right in zip(s.T, t.T, strict=True):
-        links = solve_line(left, right, a, b)
-        mass, gap = links.mass.to(x), left[links.rows] - right[links.columns]
-        force = mass * gap.abs().pow(p - 1) * gap.sign()
-        at_x = torch.zeros_like(left).index_add_(0, links.rows, force)
-        at_y = torch.zeros_like(right).index_add_(0, links.columns, force)
-        pulls.append(x.T @ at_x - y.T @ at_y)
-        powers.append((mass * gap.abs().pow(p)).sum())
-    return torch.stack(pulls, dim=1), torch.stack(powers)
+    i = s.argsort(dim=1, stable=True)[:, links.rows]
+    j = t.argsort(dim=1, stable=True)[:, links.columns]
+    gap, mass = s.gather(1, i) - t.gather(1, j), links.mass.to(x)[:, None]
+    force = mass * gap.abs().pow(p - 1) * gap.sign()
+    at_x = torch.zeros_like(s).scatter_add_(1, i, force)
+    at_y = torch.zeros_like(t).scatter_add_(1, j, force)
+    return x.mT @ at_x - y.mT @ at_y, (mass * gap.abs().pow(p)).sum(1)
 
 
 def sliced_features(

@@ -14,6 +14,7 @@ from torch_otprune.criteria.layers.entropy import Entropy
 from torch_otprune.criteria.layers.gaussian import Gaussian
 from torch_otprune.criteria.layers.lacoot import LaCoOT
 from torch_otprune.criteria.layers.loss_delta import LossDelta
+from torch_otprune.criteria.layers.magnitude import Magnitude
 from torch_otprune.criteria.layers.max_sliced import MaxSliced
 from torch_otprune.criteria.layers.random import Random
 from torch_otprune.criteria.layers.stein import Stein
@@ -31,6 +32,7 @@ __all__ = [
     "LayerCriterion",
     "LayerNeed",
     "LossDelta",
+    "Magnitude",
     "MaxSliced",
     "Random",
     "ScoreLayerCriterion",

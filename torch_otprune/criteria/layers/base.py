@@ -103,9 +103,9 @@ class SiteCriterion(ScoreLayerCriterion, ABC):
         for name, sites in zip(evidence.blocks, evidence.sites, strict=True):
             if not sites:
                 raise CalibrationError(
-                    f"block '{name}' has no activation module to look at.",
+                    f"block '{name}' has no activation to look at.",
                     where=f"criterion {self.kind}",
-                    fix="use criterion 'transport', or write its activation as a module.",
+                    fix="use criterion 'transport', or target whole layers.",
                 )
         means = [sum(map(self.site, sites)) / len(sites) for sites in evidence.sites]
         return torch.tensor(means, dtype=torch.float64)

@@ -34,8 +34,10 @@ class Transport(LayerCriterion):
     its contiguous runs. Blocks go one by one, each time the one that adds least; `refine` finds
     the best set of the chosen size by dynamic programming.
 
-    Limits: what the output feels is taken to first order, so that a large move costs more than
-    its price: on a CIFAR ResNet-32, 1 to 8 times as much, most in the first stage. Runs are priced
+    What the output feels is taken to first order. A large move does more than that, so prices are
+    raised by what taking each block out alone really does to the output, beside its price.
+
+    Limits: the raise is that of single blocks; long runs may do more still. Runs are priced
     apart, on the dense network's stream: an error made early also moves what later maps read.
     Where a rectifier follows the addition, the layer in front can take the map up only where the
     rectifier is on. A run beyond `longest_span` is priced as spans in a row, although only
@@ -49,11 +51,15 @@ class Transport(LayerCriterion):
     """
 
     kind: Literal["transport"] = "transport"
-    needs: ClassVar[frozenset[LayerNeed]] = frozenset({"points", "writers", "feel"})
+    needs: ClassVar[frozenset[LayerNeed]] = frozenset({"points", "writers", "feel", "trial"})
     priced: ClassVar[bool] = True
     replace: Replace = Field(default="affine", description="the map that takes a block's place")
     longest_span: int = Field(default=8, ge=1, description="most blocks under one map")
     folds: int = Field(default=4, ge=2, description="parts of the samples, held out in turn")
+    measured: bool = Field(
+        default=True,
+        description="raise prices to what taking a block out really does; one run per block",
+    )
 
     def rank(self, evidence: ChainEvidence) -> Ranking:
         """Price every span, then remove block by block."""
@@ -79,7 +85,27 @@ class Transport(LayerCriterion):
         span = span_costs(
             evidence, replace=self.replace, longest=self.longest_span, folds=self.folds
         )
+        if self.measured:
+            span = span * self._shortfall(evidence)
         price = priced_runs(span)
         above = torch.ones_like(price, dtype=torch.bool).triu()
         price[above] = settle(price[above])
         return price
+
+    def _shortfall(self, evidence: ChainEvidence) -> Float[Tensor, "blocks blocks"]:
+        """Measure how much more removing a block does than its first-order price says.
+
+        A span is raised by the most of its blocks: what is far from first order for one of them
+        is no nearer for all.
+
+        Args:
+            evidence: what is known about the chain.
+
+        Returns:
+            factors of at least 1, at [i, j] for blocks i to j.
+        """
+        plain = span_costs(evidence, replace="identity", longest=1, folds=self.folds).diagonal()
+        real = plain.new_tensor([evidence.trial([b]) for b in range(len(evidence.blocks))])
+        ratio = torch.where(plain > 0, real / plain.clamp_min(1e-300), 1.0).clamp(1.0, 100.0)
+        spans = ratio.expand(len(ratio), -1).triu()
+        return spans.cummax(1).values.clamp_min(1.0)

@@ -2,6 +2,19 @@
 
 from torch_otprune.plan.replacement import Replacement, register
 from torch_otprune.repair.replace.affine import Affine
+from torch_otprune.repair.replace.base import Fitted
+from torch_otprune.repair.replace.bures import Bures
 from torch_otprune.repair.replace.identity import Identity
+from torch_otprune.repair.replace.low_rank import LowRank
+from torch_otprune.repair.replace.scale import Scale
 
-__all__ = ["Affine", "Identity", "Replacement", "register"]
+__all__ = [
+    "Affine",
+    "Bures",
+    "Fitted",
+    "Identity",
+    "LowRank",
+    "Replacement",
+    "Scale",
+    "register",
+]

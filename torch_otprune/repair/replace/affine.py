@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from torch_otprune.plan.replacement import Replacement, register
+from torch_otprune.plan.replacement import register
+from torch_otprune.repair.base import Note, Patient
+from torch_otprune.repair.least_squares import LeastSquares
+from torch_otprune.repair.replace.base import Fitted, hand_norms_
 
 __all__ = ["Affine"]
 
 
 @register
-class Affine(Replacement):
+class Affine(Fitted):
     """Fit the last layer in front that writes to the stream to the stream behind the block.
 
     The best affine map of that layer's input onto what it and the removed blocks wrote together
-    is again such a layer: nothing is added to the network. It is fitted by the repair
-    `least_squares`, sequentially with all others, and alone where the rule names no such repair.
+    is again such a layer: nothing is added to the network. Where a layer-norm follows the
+    addition, it takes over the scale of the norm behind the block.
 
-    Limits: where no layer in front writes to the same stream, nothing stands in.
+    Limits: where no layer in front writes to the same stream, nothing stands in. Where a
+    rectifier follows the addition, the layer can only add where the rectifier is on.
 
     Source: ReplaceMe (Shopkhoev et al. 2025) fits a map of the branch's output; the whole layer,
     with an intercept and with its own input as the features, is ours.
@@ -25,3 +29,8 @@ class Affine(Replacement):
 
     aims: ClassVar[bool] = True
     kind: Literal["affine"] = "affine"
+
+    def apply_(self, patient: Patient) -> tuple[Note, ...]:
+        """Refit the layers in front of the gaps, and these alone."""
+        hand_norms_(patient)
+        return LeastSquares().refit_(patient, tuple(patient.aims), kind=self.kind)

