@@ -189,6 +189,7 @@ def measure(bench: Bench, spec: Spec, *, removed: int, seed: int) -> dict[str, A
         "lost_images": int((bench.right & ~right).sum()),
         "won_images": int((right & ~bench.right).sum()),
         "test_images": len(bench.test),
+        "samples": len(inputs),
         "right": hexed(right),
         "gone": list(gone),
         "blocks": len(depth_baselines.blocks(bench.model)),

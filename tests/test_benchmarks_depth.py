@@ -281,10 +281,11 @@ def test_docstrings_are_read_once_and_no_source_is_run(tmp_path: Path) -> None:
 
 def test_no_text_is_in_two_parts_of_one_seed() -> None:
     texts = [f"text {i}" for i in range(1200)]
-    parts = minilm_depth.split(texts, seeds=2)
+    parts = minilm_depth.split(texts, 2, samples=300)
     for seed in range(2):
         both = parts["calibration", seed] + parts["validation", seed] + parts["test", 0]
         assert len(both) == len(set(both))
+        assert len(parts["calibration", seed]) == 300
     assert parts["calibration", 0] != parts["calibration", 1]
 
 

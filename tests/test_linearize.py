@@ -283,7 +283,9 @@ def test_activations_that_fold_nothing_go_only_if_allowed_and_are_said_to_save_n
 
 def test_an_identity_needs_no_layer_in_front() -> None:
     model, data = residual(), pictures()
-    with pytest.raises(StructureError, match="is not the output of one layer alone") as error:
+    with pytest.raises(
+        StructureError, match="no layer that could take up a line writes for it alone"
+    ) as error:
         planned(model, policy(targets="blocks.0.last", drop=1, unfolded="allow"), data)
     assert "surrogate='identity', unfolded='allow'" in error.value.fix
     free = policy(targets="blocks.0.last", drop=1, unfolded="allow", surrogate="identity")
@@ -395,7 +397,7 @@ class Fed(nn.Module):
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
-        ("shared", "what it reads is not the output of one layer alone"),
+        ("shared", "no layer that could take up a line writes for it alone"),
         ("pooled", "an average pooling in front of it has no weights to take up a line"),
         ("tied", "'b' in front of it must stay as it is: it shares a tensor"),
         ("chained", "0 MACs saved: no layer that could fold reads its output alone"),
@@ -452,6 +454,75 @@ def test_more_than_can_go_is_refused_with_the_numbers_that_can() -> None:
     assert error.value.fix.endswith("at least 34 %.")
     with pytest.raises(BudgetError, match="nothing would be removed"):
         planned(inverted(), policy(targets="features", keep=9), pictures())
+
+
+class Beside(nn.Module):
+    """A layer that runs between another one and its activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.act, self.b = nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6)
+        self.side, self.bend, self.last = nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        side = self.bend(self.side(x))
+        out: Tensor = self.last(self.b(self.act(y)) * 1.0 + side)
+        return out
+
+
+@pytest.mark.parametrize("target", ["act", "bend"])
+def test_a_layer_that_runs_in_between_is_no_obstacle_to_the_repair(target: str) -> None:
+    torch.manual_seed(0)
+    model = Beside().double()
+    data = [torch.randn(24, 6, dtype=torch.float64) for _ in range(2)]
+    rule = otp.Linearize(targets=target, drop=1, unfolded="allow", surrogate="identity")
+    report = pruned(model, otp.Policy(rules=rule), data)
+    assert {note.site for note in report.repairs} >= {{"act": "a", "bend": "side"}[target]}
+    assert report.output_error.after_repair < 0.8 * report.output_error.before_repair
+
+
+class Halves(nn.Module):
+    """Two halves beside a stream, with one dropout for both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.up, self.act = nn.Linear(6, 6), nn.Linear(6, 20), nn.GELU()
+        self.down, self.drop, self.head = nn.Linear(20, 6), nn.Dropout(0.1), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.mix(x)) + x
+        out: Tensor = self.head(self.drop(self.down(self.act(self.up(x)))) + x)
+        return out
+
+
+def test_a_dropout_that_serves_two_layers_confuses_no_repair() -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(24, 6, dtype=torch.float64) for _ in range(2)]
+    rule = otp.Linearize(drop=1, surrogate="identity")
+    report = pruned(Halves().double(), otp.Policy(rules=rule), data)
+    assert [note.site for note in report.repairs] == ["up", "head"]
+    assert report.output_error.after_repair < 0.8 * report.output_error.before_repair
+
+
+def test_a_penalty_makes_activations_linear_while_the_model_trains() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 2)).double()
+    x = torch.randn(64, 6, dtype=torch.float64)
+    rule = otp.Linearize(drop=1, penalty={"kind": "linearity", "weight": 1.0})
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.05)
+    with otp.attach(model, otp.Policy(rules=rule), example=x) as attached:
+        model.eval()(x)
+        first = attached.plan().lines[0].error
+        model.train()
+        for _ in range(30):
+            model(x)
+            optimiser.zero_grad()
+            attached.penalty().backward()
+            optimiser.step()
+            attached.step()
+        model.eval()(x)
+        assert attached.plan().lines[0].error < first / 2
 
 
 class Peeking(nn.Module):

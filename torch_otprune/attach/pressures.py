@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from torch_otprune.plan import owned_blocks
+from torch_otprune.plan import owned_blocks, owned_sites
 from torch_otprune.policy import Policy
 from torch_otprune.structure import Graph
 from torch_otprune.training import Penalty, Pressure
@@ -13,7 +13,7 @@ __all__ = ["pressures"]
 
 
 def pressures(model: nn.Module, policy: Policy, graph: Graph) -> tuple[Pressure, ...]:
-    """Put the penalties of a policy's layer rules to work.
+    """Put the penalties of a policy's rules about layers and activations to work.
 
     Args:
         model: the model, which is about to be trained.
@@ -21,12 +21,16 @@ def pressures(model: nn.Module, policy: Policy, graph: Graph) -> tuple[Pressure,
         graph: the model's analysis.
 
     Returns:
-        one pressure per rule that has a penalty and owns a block.
+        one pressure per rule that has a penalty and owns a block, or an activation that can
+        become linear.
     """
+    blocks = owned_blocks(model, policy, graph)
+    sites = owned_sites(model, policy, graph)
+    watched = {i: [b.name for b in found if b.kind == "block"] for i, found in blocks.items()}
+    watched |= {i: [s.module for s in found if not s.reason] for i, found in sites.items()}
     found = []
-    for index, blocks in owned_blocks(model, policy, graph).items():
+    for index, paths in watched.items():
         penalty = policy.rules[index].penalty  # type: ignore[attr-defined]
-        paths = [block.name for block in blocks if block.kind == "block"]
         if isinstance(penalty, Penalty) and paths:
             found.append(Pressure(model, paths, penalty, seed=policy.seed + index))
     return tuple(found)

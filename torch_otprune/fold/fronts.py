@@ -43,7 +43,7 @@ def fronts(chains: Iterable[tuple[Layer, ...]], surrogates: Mapping[str, str]) -
     Returns:
         one front per activation; one that is in no chain has none.
     """
-    nothing = Front(reason="what it reads is not the output of one layer alone")
+    nothing = Front(reason="no layer that could take up a line writes for it alone")
     found = dict.fromkeys(surrogates, nothing)
     for chain in chains:
         for before, layer in zip((None, *chain), chain, strict=False):
@@ -56,7 +56,7 @@ def _front(before: Layer | None, layer: Layer, surrogate: str) -> Front:
     if layer.kind == "stuck":
         return Front(reason=layer.reason, stuck=True)
     if before is None:
-        return Front(reason="what it reads is not the output of one layer alone")
+        return Front(reason="no layer that could take up a line writes for it alone")
     if before.kind == "stuck":
         return Front(reason=f"'{before.path}' in front of it must stay as it is: {before.reason}")
     if before.kind == "activation":

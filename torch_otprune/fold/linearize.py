@@ -321,7 +321,7 @@ def _explained(work: _Work, line: Line, done: _Done, records: Sequence[Fold]) ->
         return line.model_copy(update={"reason": f"{score}; {said}"})
     near = [r for r in records if not r.accepted and line.into in r.layers[:-1]]
     reason = near[0].reason if near else "no layer that could fold reads its output alone"
-    said = f"0 MACs saved: {reason}"
+    said = f"0 MACs saved: {reason.rstrip('.')}"
     if work.rules[line.rule].unfolded == "refuse":
         fix = _fix(reason, "unfolded='allow'")
         done.failed[line.site] = Refusal(group=line.site, reason=said, fix=fix)

@@ -230,8 +230,6 @@ def refolded(graph: Graph, plan: Plan) -> tuple[Graph, dict[str, tuple[str, Tail
     for folding in plan.foldings:
         tail = _tail(graph, folding)
         aims[folding.into], tails[folding.into] = (folding.writes, tail), tail
-        if not (tail.added or _together(graph, folding)):
-            del tails[folding.into]
     for line in plan.lines:
         if line.into in graph.order and line.into not in inside:
             aims[line.into], tails[line.into] = (line.site, Tail()), Tail()
@@ -246,13 +244,6 @@ def _order(graph: Graph, plan: Plan) -> tuple[str, ...]:
         firsts |= dict.fromkeys(linear[:1], folding.into)
         inside.update(linear[1:])
     return tuple(firsts.get(path, path) for path in graph.order if path not in inside)
-
-
-def _together(graph: Graph, folding: Folding) -> bool:
-    """Tell whether no other layer runs between those that are folded."""
-    # Where one does, the two models would come to the two of them in another order.
-    places = [graph.order.index(path) for path in folding.layers if path in graph.order]
-    return max(places) - min(places) < len(places)
 
 
 def _tail(graph: Graph, folding: Folding) -> Tail:

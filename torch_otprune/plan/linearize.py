@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import ceil, isfinite
 from typing import NoReturn
@@ -174,8 +175,9 @@ def refuse_all(index: int, rule: Linearize, refused: Sequence[Refusal]) -> NoRet
     """
     reasons = "; ".join(f"{r.group}: {r.reason}" for r in refused[:3])
     said = reasons or "there is no activation among its targets"
+    fixes = Counter(refusal.fix for refusal in refused).most_common(1)
     raise StructureError(
         f"rule {index} reaches no activation that can become linear ({said}).",
         where=f"Policy.rules[{index}].targets = {', '.join(rule.targets)}",
-        fix=refused[0].fix if refused else "target activations; `otprune doctor` lists them.",
+        fix=fixes[0][0] if fixes else "target activations; `otprune doctor` lists them.",
     )

@@ -192,7 +192,7 @@ def _table(plan: Plan) -> str:
     rows += [
         (c.group, str(c.units), str(len(c.keep)), f"{c.error:.2%}", c.reason) for c in plan.cuts
     ]
-    rows += [(d.block, "block", "0", f"{d.error:.2%}", d.reason) for d in plan.drops]
+    rows += [(d.block, "block", "0", f"{d.error:.3g}", d.reason) for d in plan.drops]
     rows += [(x.site, "bend", "0", f"{x.error:.3g}", x.reason) for x in plan.lines]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [

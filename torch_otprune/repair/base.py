@@ -18,6 +18,7 @@ from torch_otprune.plan.replacement import Replacement
 from torch_otprune.policy.registry import REPAIRS, REPLACEMENTS, Setting
 from torch_otprune.repair.lockstep import Pause, Site
 from torch_otprune.statistics.patches import output_rows, supported
+from torch_otprune.statistics.stream import runs
 from torch_otprune.structure.graph import Graph, Tail
 from torch_otprune.structure.layers import (
     BatchNorm,
@@ -136,18 +137,18 @@ class Patient:
 
         Only where the block's replacement says that the layer in front stands in for it.
         """
-        standing = [d for d in self.drops if _aims(d)]
         found: dict[str, str] = {}
-        front: str | None = None
-        for path in self.graph.order:
-            tail = self.graph.tails.get(path)
-            if tail is None or not tail.added:
+        removed = {drop.block for drop in self.drops if _aims(drop)}
+        for run in runs([b for b in self.graph.blocks if b.name in removed]):
+            front, behind = run[0].front, run[-1].writer
+            if front is None or behind is None or gone(self.gone, front) or self.unfit(front):
                 continue
-            if not gone(self.gone, path):
-                front = path
-            elif front is not None and gone(standing, path) and self._alike(front, path):
-                found[front] = path
-        return {a: b for a, b in found.items() if not self.unfit(a)}
+            tails = [self.graph.tails.get(path) for path in (front, behind)]
+            if all(tail is not None and tail.added for tail in tails) and self._alike(
+                front, behind
+            ):
+                found[front] = behind
+        return found
 
     def _alike(self, front: str, behind: str) -> bool:
         """Tell whether two layers write streams of one width with one kind of norm behind."""

@@ -17,6 +17,7 @@ from torch_otprune.repair.lockstep import Lockstep, Pause, Site
 from torch_otprune.repair.solve import Fit, Normal, solve
 from torch_otprune.statistics.patches import columns, full_weight, pick, positions, rows
 from torch_otprune.statistics.reduce import all_sum_
+from torch_otprune.statistics.sites import real
 from torch_otprune.structure.layers import Conv, channels, tensor
 from torch_otprune.surgery.cut import put_
 from torch_otprune.surgery.exchange import gone
@@ -33,7 +34,8 @@ class LeastSquares(Repair):
     Layers are taken in order of execution. A layer's inputs come from the already repaired
     prefix, its targets from the dense network; where its output is added to a stream, the target
     includes what the stream has drifted, so that later blocks correct earlier ones. The ridge
-    pulls towards the old weights and is chosen on held-out rows. Everything is in float64.
+    pulls towards the old weights and is chosen on held-out rows. What a batch's `attention_mask`
+    calls padding does not count. Everything is in float64.
 
     Limits: needs a few rows per column of the layer; layers that run more than once per forward
     pass, transposed and 3-D convolutions are left alone and noted.
@@ -159,7 +161,7 @@ class _Refit:
         out, first = self.patient.width(site.path), 0
         width = columns(module) + offset
         fit, held = Normal.empty(width, out, device), Normal.empty(width, out, device)
-        for dense, small in pauses:
+        for (dense, small), batch in zip(pauses, self.patient.batches, strict=True):
             total = positions(module, small.inputs)
             at = pick(total, wanted, site.path, self.patient.seed + 1)
             design = rows(module, small.inputs, at).double()
@@ -171,8 +173,9 @@ class _Refit:
             first += len(small.inputs)
             step = min(_HELD, max(samples, 2))
             last = owner % step == step - 1
-            fit.update(design[~last], target[~last])
-            held.update(design[last], target[last])
+            told = real(batch, len(small.inputs), total)[:, at].flatten().to(device)
+            fit.update(design[told & ~last], target[told & ~last])
+            held.update(design[told & last], target[told & last])
         all_sum_([t for n in (fit, held) for t in (n.gram, n.cross, n.power)])
         return fit, held
 

@@ -36,8 +36,8 @@ class Site:
     Args:
         path: the layer.
         tail: what its output passes next.
-        aim: the layer of the dense model whose stream it is to write, and its tail; its own where
-            None.
+        aim: the layer of the dense model whose output or stream it is to write, and its tail; its
+            own where None. Without a stream, an identity stands there in the smaller model.
     """
 
     path: str
@@ -256,6 +256,11 @@ class _Cast:
                 self.handles.append(module.register_forward_hook(note, with_kwargs=True))
                 last = self.model.get_submodule(ends[0])
                 self.handles.append(last.register_forward_hook(_Expect(self, site)))
+            elif self.wait and site.aim is not None:
+                # Other layers may run in between; both models must come to all in one order.
+                note, last = _Note(self, site), self.model.get_submodule(site.aim[0])
+                self.handles.append(module.register_forward_hook(note, with_kwargs=True))
+                self.handles.append(last.register_forward_hook(_StopBehind(self, site)))
             elif self.wait:
                 self.handles.append(
                     module.register_forward_pre_hook(_StopBefore(self, site), with_kwargs=True)
@@ -296,6 +301,16 @@ class _StopAfter(_Hook):
         self.cast.here.walker.stop(Pause(self.site.path, first, out))
 
 
+class _StopBehind(_Hook):
+    """Stop where the identity stands whose input is the site's output."""
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
+        cast = self.cast
+        given, before = cast.here.noted.pop(self.site.path)
+        cast.here.walker.stop(Pause(self.site.path, given, before))
+        out.copy_(cast.again(self.site, given))
+
+
 class _Note(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Tensor) -> None:
         first = flat_tensors(Call(args, kwargs))[0]
@@ -304,7 +319,9 @@ class _Note(_Hook):
 
 class _Expect(_Hook):
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
-        self.cast.here.expected[self.site.path] = (out, self.site)
+        # One dropout may serve several layers: this is the site's turn only once it has run.
+        if self.site.path in self.cast.here.noted:
+            self.cast.here.expected[self.site.path] = (out, self.site)
 
 
 class _Additions(TorchFunctionMode):

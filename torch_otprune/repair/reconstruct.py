@@ -19,7 +19,9 @@ from torch_otprune.repair.blocks import blocks
 from torch_otprune.repair.least_squares import LeastSquares
 from torch_otprune.repair.lockstep import distance
 from torch_otprune.statistics.reduce import first_rank_
+from torch_otprune.statistics.sites import real
 from torch_otprune.structure.forward import batch_size, evaluating, flat_tensors, map_tensors, run
+from torch_otprune.surgery.exchange import gone
 
 __all__ = ["Reconstruct"]
 
@@ -36,7 +38,7 @@ class Reconstruct(Repair):
     all cut blocks' outputs, and of the network's outputs, from the dense ones; each distance is
     relative to the dense signal's power, so that all blocks count alike. Inputs of a block come
     from the cut prefix, so that later blocks correct earlier ones. Batch-norms keep their
-    statistics.
+    statistics. Blocks in front of removed ones are held to what those put out.
 
     Limits: can fit the calibration samples too well; a held-out part decides whether the result
     is kept. Weights in half precision swallow such small steps and are left as the refit made them.
@@ -143,7 +145,7 @@ class _Keep:
 
 def _descend(setting: Reconstruct, patient: Patient, batches: Sequence[Any]) -> int:
     """Take the steps; return how many there was time for."""
-    paths = blocks(patient.dense, patient.cuts)
+    paths = _counterparts(patient)
     generator = torch.Generator("cpu").manual_seed(patient.seed)
     deadline = time.monotonic() + setting.seconds
     done = 0
@@ -152,8 +154,8 @@ def _descend(setting: Reconstruct, patient: Patient, batches: Sequence[Any]) -> 
         evaluating(patient.small),
         torch.enable_grad(),
         _training(patient.small) as live,
-        _Taps(patient.dense, paths) as teacher,
-        _Taps(patient.small, paths) as pupil,
+        _Taps(patient.dense, sorted(set(paths.values()))) as teacher,
+        _Taps(patient.small, tuple(paths)) as pupil,
     ):
         optimiser = torch.optim.Adam(live, lr=setting.rate)
         while done < setting.steps and time.monotonic() < deadline:
@@ -161,8 +163,9 @@ def _descend(setting: Reconstruct, patient: Patient, batches: Sequence[Any]) -> 
                 group["lr"] = setting.rate * 0.5 * (1 + cos(pi * done / setting.steps))
             batch = _draw(batches, generator)
             with torch.no_grad():
-                goal = teacher.run(batch)
-            loss = _loss(goal, pupil.run(batch), setting.outputs)
+                seen, ends = teacher.run(batch)
+            goal = {path: seen[wanted] for path, wanted in paths.items() if wanted in seen}, ends
+            loss = _loss(goal, pupil.run(batch), batch, outputs=setting.outputs)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -170,6 +173,31 @@ def _descend(setting: Reconstruct, patient: Patient, batches: Sequence[Any]) -> 
             done += 1
             patient.progress("reconstruct", done, setting.steps)
     return done
+
+
+def _counterparts(patient: Patient) -> dict[str, str]:
+    """Map every block whose output is compared to the dense block that it is compared with.
+
+    A cut block is compared with itself. In a row of blocks that lost some, every one that stays
+    is compared with the last of the removed ones that follow it.
+
+    Returns:
+        paths of the cut model to paths of the dense one.
+    """
+    found = {p: p for p in blocks(patient.dense, patient.cuts) if not gone(patient.gone, p)}
+    removed = {drop.block for drop in patient.drops}
+    around = [b for b in patient.graph.blocks if b.name in removed]
+    chains = {(b.chain, b.kind, b.level) for b in around if b.kind == "block"}
+    front: str | None = None
+    for block in patient.graph.blocks:
+        if (block.chain, block.kind, block.level) not in chains:
+            continue
+        if not gone(patient.gone, block.name):
+            front = block.name
+            found[front] = front
+        elif front is not None and block.place > 0:
+            found[front] = block.name
+    return found
 
 
 @contextmanager
@@ -198,18 +226,28 @@ def _draw(batches: Sequence[Any], generator: torch.Generator) -> Any:
 def _loss(
     goal: tuple[dict[str, list[Tensor]], list[Tensor]],
     got: tuple[dict[str, list[Tensor]], list[Tensor]],
+    batch: Any,
+    *,
     outputs: float,
 ) -> Tensor:
     """Sum the relative squared distances of all blocks and of the outputs."""
     parts = [
-        _relative(a, b)
+        _relative(*_told(a, b, batch))
         for path, seen in goal[0].items()
         for a, b in zip(seen, got[0][path], strict=True)
         if a.shape == b.shape
     ]
-    ends = [_relative(a, b) for a, b in zip(goal[1], got[1], strict=True)]
+    ends = [_relative(*_told(a, b, batch)) for a, b in zip(goal[1], got[1], strict=True)]
     total: Tensor = torch.stack(ends).mean() * outputs
     return total + torch.stack(parts).mean() if parts else total
+
+
+def _told(goal: Tensor, got: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    """Leave out positions that are padding."""
+    if goal.dim() < 3 or goal.shape != got.shape:
+        return goal, got
+    told = real(batch, *goal.shape[:2]).to(goal.device)
+    return (goal, got) if bool(told.all()) else (goal[told], got[told])
 
 
 def _relative(goal: Tensor, got: Tensor) -> Tensor:

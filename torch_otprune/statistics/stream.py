@@ -123,14 +123,11 @@ class _Chain:
         self.draws = 1
 
     def _writer(self, block: Block) -> str | None:
-        """Find the last linear layer in front of a block that writes to the stream."""
-        inside = [i for i, path in enumerate(self.graph.order) if block.holds(path)]
-        for path in reversed(self.graph.order[: min(inside, default=0)]):
-            tail = self.graph.tails.get(path)
-            if tail is not None and tail.added:
-                module = self.model.get_submodule(path)
-                return path if supported(module) and path not in self.graph.repeated else None
-        return None
+        """Name the layer in front that could write what the block does, if it can be refitted."""
+        path = block.front
+        if path is None or path in self.graph.repeated:
+            return None
+        return path if supported(self.model.get_submodule(path)) else None
 
     def look(self, piece: Any, draws: int) -> None:
         """Run one piece of a batch and take notes."""

@@ -240,7 +240,9 @@ class _Search:
         joint = branch.order, self.notes.ops[branch.number].reads.index(branch.stream)
         swaps = (zero, *skips)
         places = prod(self.notes.shapes[branch.stream][1:]) // channels
-        return Block(end.path, "branch", "part", end.path, 0, swaps, channels, axis, places, joint)
+        return Block(
+            end.path, "branch", "part", end.path, 0, swaps, channels, axis, places, joint=joint
+        )
 
     def _writer(self, branch: _Branch) -> Visit | None:
         """Find the outermost module inside a branch that wrote what is added."""
@@ -289,6 +291,31 @@ class _Search:
                     return True
         return False
 
+    def _added(self, node: int) -> str | None:
+        """Find the linear layer whose output was added last to a stream."""
+        while node in self.notes.maker:
+            op = self.notes.ops[self.notes.maker[node]]
+            if adds_two(op.name, len(op.reads)):
+                return self._linear(max(op.reads))
+            same = [n for n in op.reads if self.notes.shapes[n] == self.notes.shapes[node]]
+            if op.name not in _PASSES or len(same) != 1:
+                return None
+            node = same[0]
+        return None
+
+    def _linear(self, node: int) -> str | None:
+        """Walk from what is added back to the linear layer that wrote it."""
+        while node in self.notes.maker:
+            op = self.notes.ops[self.notes.maker[node]]
+            if op.name in _WORK:
+                leaf = not list(self.model.get_submodule(op.module).children())
+                return op.module if leaf else None
+            same = [n for n in op.reads if self.notes.shapes[n] == self.notes.shapes[node]]
+            if op.name not in _PASSES or len(same) != 1:
+                return None
+            node = same[0]
+        return None
+
     def chained(self, blocks: Sequence[Block]) -> list[Block]:
         """Number the blocks of one level that follow one another directly."""
         ordered = sorted(blocks, key=lambda b: (self.ends[b.name][1], b.name))
@@ -297,6 +324,7 @@ class _Search:
         for block in ordered:
             start, end = self.ends[block.name]
             before = after.get((block.kind, block.level, start))
+            block = replace(block, front=self._added(start), writer=self._added(end))  # noqa: PLW2901
             if before is None:
                 found.append(block)
             else:

@@ -127,6 +127,9 @@ class Block:
         channels: of the stream.
         axis: where they are.
         positions: of the stream, per sample.
+        front: the linear layer whose output was added last to what the block reads; None where
+            there is none.
+        writer: the same of what the block writes.
         joint: of a branch, number of the addition that joins it to its stream among all
             additions of two tensors, and which operand the stream is; None for a block.
     """
@@ -140,6 +143,8 @@ class Block:
     channels: int
     axis: int
     positions: int
+    front: str | None = None
+    writer: str | None = None
     joint: tuple[int, int] | None = None
 
     def holds(self, path: str) -> bool:
