@@ -192,11 +192,13 @@ def score(bench: Bench, kind: str, seed: int) -> dict[str, Any]:
         scores of all blocks, `scoring` the part after the statistics were gathered.
     """
     import torch_otprune as otp
+    from torch_otprune.criteria.layers import LayerCriterion
     from torch_otprune.policy.registry import LAYER_CRITERIA
 
     rule, batches = otp.Layers(criterion=kind, drop=1), thinned(bench.data.calibration(seed))
     policy = otp.Policy(rules=rule, calibration=otp.Calibration(samples=2 * PROBED), seed=seed)
     blocks, criterion = bench.blocks, LAYER_CRITERIA.resolve(kind)
+    assert isinstance(criterion, LayerCriterion)
     with measured() as took:
         with otp.attach(bench.model, policy) as attached:
             otp.observe(attached, batches)

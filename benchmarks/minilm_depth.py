@@ -54,6 +54,7 @@ BASELINES = [
 # Choice and replacement by name, then the repairs of what stays, joined by `+`.
 OURS = [
     Spec("ours", "transport", "affine+least_squares"),
+    Spec("ours", "transport", "affine+reconstruct"),
     Spec("ours", "transport", "identity+least_squares"),
     Spec("ours", "transport", "affine+none"),
     Spec("ours", "transport", "identity+none"),

@@ -86,7 +86,7 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
         draws = np.array(list(itertools.product(values, repeat=len(values))))
     else:
         draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
-    low, high = np.quantile(draws.mean(axis=1), [0.025, 0.975])
+    low, high = np.quantile(draws.mean(axis=1), [0.025, 0.975], method="inverted_cdf")
     return float(low), float(high)
 
 
@@ -224,9 +224,11 @@ def failures(payload: Mapping[str, Any]) -> str:
     """Say which criteria refused a network, and why."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in payload.get("rows", ()):
-        if row["side"] == "score" and "error" in row and row["net"] not in found[
-            row["choice"], row["error"]
-        ]:
+        if (
+            row["side"] == "score"
+            and "error" in row
+            and row["net"] not in found[row["choice"], row["error"]]
+        ):
             found[row["choice"], row["error"]].append(row["net"])
     lines = [
         f"- `{kind}` gives no score on {', '.join(nets)}: {error}"
@@ -290,12 +292,14 @@ def picture(payload: Mapping[str, Any], path: Path) -> None:
     for axis, net in zip(axes[0], nets, strict=True):
         _bars(axis, [s for s in scores if s.net == net], kinds)
         if net in blocks:
-            axis.axvline(chance(len(blocks[net])), linestyle="--", color="gray", label="chance, 5 %")
+            axis.axvline(
+                chance(len(blocks[net])), linestyle="--", color="gray", label="chance, 5 %"
+            )
         axis.set(title=net, xlabel="rank correlation", xlim=(-1, 1.02))
         axis.grid(alpha=0.3, axis="x")
     axes[0][0].set_yticks(range(len(kinds)), kinds)
-    axes[0][0].legend(fontsize=7, loc="lower left")
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -11,11 +11,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
 
+from griffe import Extension, Object
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -25,6 +26,15 @@ PACKAGE = ROOT / "torch_otprune"
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 DISPLAY = {"div": "block", "span": "inline"}
 REQUEST = re.compile(r"<!-- generated: (\w+) ?(\S*) -->")
+
+
+class Examples(Extension):
+    """Show doctests as code: griffe knows the section only in the plural."""
+
+    def on_object(self, *, obj: Object, **_: Any) -> None:
+        """Rename the section of one docstring."""
+        if obj.docstring is not None:
+            obj.docstring.value = re.sub(r"(?m)^( *)Example:$", r"\1Examples:", obj.docstring.value)
 
 
 def modules() -> list[str]:
@@ -46,7 +56,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     reference = [pages[0] if len(pages) == 1 else {room: pages} for room, pages in rooms.items()]
     assert config.nav is not None
     if transport:
-        config.nav.insert(3, {"Transport": transport})
+        config.nav.insert(4, {"Transport": transport})
     config.nav.append({"Reference": reference})
     return config
 
@@ -89,23 +99,48 @@ def _plain(value: Any) -> str:
     return repr(value)
 
 
+NEEDS = {
+    "moments": "second moments",
+    "sensitivity": "gradients of the output",
+    "points": "the stream around every block",
+    "writers": "what layers in front of it read",
+    "feel": "gradients of the output",
+    "trial": "a run without the block",
+    "sites": "what activations read and write",
+}
+
+
 def table(name: str) -> str:
-    """Tabulate what is registered at an extension point: kind, summary, settings."""
-    importlib.import_module(
-        {"CRITERIA": "torch_otprune.criteria", "REPAIRS": "torch_otprune.repair"}[name]
-    )
+    """Tabulate what is registered at an extension point: kind, summary, needs, settings."""
     entries = getattr(importlib.import_module("torch_otprune.policy.registry"), name)
-    rows = []
-    for kind in sorted(entries):
-        cls = entries[kind]
+    kinds = {kind: entries[kind] for kind in entries}
+    extra = [column for column in COLUMNS if any(hasattr(c, column) for c in kinds.values())]
+    heads = ["name", "what it does", *(COLUMNS[column][0] for column in extra), "settings"]
+    rows = [heads, ["---"] * len(heads)]
+    for kind, cls in kinds.items():
         summary = (cls.__doc__ or "").strip().splitlines()[0]
-        settings = ", ".join(
-            f"`{key}={field.get_default()!r}`"
-            for key, field in cls.model_fields.items()
-            if key != "kind"
-        )
-        rows.append(f"| [`{kind}`][{cls.__module__}.{cls.__qualname__}] | {summary} | {settings} |")
-    return "\n".join(["| name | what it does | settings |", "|---|---|---|", *rows])
+        told = [COLUMNS[column][1](getattr(cls, column, None)) for column in extra]
+        link = f"[`{kind}`][{cls.__module__}.{cls.__qualname__}]"
+        rows.append([link, summary, *told, ", ".join(_settings(cls))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _settings(cls: type) -> Iterator[str]:
+    for key, field in cls.model_fields.items():
+        if key != "kind":
+            yield f"`{key}={field.get_default()!r}`"
+
+
+def _needs(needs: Any) -> str:
+    return ", ".join(text for text in dict.fromkeys(NEEDS[n] for n in NEEDS if n in needs)) or "–"
+
+
+# What a class says of itself beside its settings: head of the column, and how it is told.
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "needs": ("needs", _needs),
+    "priced": ("shares a budget with channels", lambda yes: "yes" if yes else "no"),
+    "site": ("ranks activations", lambda site: "yes" if site else "no"),
+}
 
 
 def command(name: str) -> str:

@@ -257,7 +257,7 @@ def test_a_chain_without_rows_is_refused(kind: str) -> None:
 @pytest.mark.parametrize("kind", SITES)
 def test_a_block_without_activations_is_refused(kind: str) -> None:
     evidence = replace(CHAINS["walk"], sites=((),) * 5)
-    with pytest.raises(CalibrationError, match=r"block 'blocks.0' has no activation module"):
+    with pytest.raises(CalibrationError, match=r"block 'blocks.0' has no activation to look at"):
         criterion(kind).rank(evidence)
 
 
@@ -344,12 +344,31 @@ def test_only_costs_in_the_unit_of_the_output_call_themselves_priced() -> None:
 # transport
 
 
+def test_a_measured_price_is_a_share_of_what_the_removal_really_does() -> None:
+    points = walk(2)
+    evidence = chain(points)
+    plain = Transport(replace="identity", measured=False).prices(evidence)
+    real = [5.0 * float(plain[0, 0]), float(plain[1, 1]) / 2]
+    tried = replace(evidence, trial=lambda gone: real[min(gone)])
+    price = Transport(replace="identity", left=0.25).prices(tried)
+    assert float(price[0, 0]) == pytest.approx(0.25 * real[0])
+    assert float(price[1, 1]) == pytest.approx(0.25 * float(plain[1, 1]))
+    assert float(price[0, 1]) == pytest.approx(0.25 * 5 * float(plain[0, 1]))
+
+
+def test_the_price_follows_what_stands_in_unless_it_is_said() -> None:
+    assert Transport().following("identity").replace == "identity"  # type: ignore[attr-defined]
+    assert Transport().following("bures").replace == "affine"  # type: ignore[attr-defined]
+    said = Transport(replace="scale")
+    assert said.following("identity") is said
+
+
 @pytest.mark.parametrize("how", ["identity", "scale"])
 def test_the_price_is_the_felt_error_as_a_share_of_the_output(how: str) -> None:
     points, v = walk(1), vector(1, 2, 3, 4, 5, 6)
     points[1] = points[0] + v
     evidence = chain(points, feel=torch.stack([v, vector(0, 0, 2, 0, 0, 1)]), power=4.0)
-    price = Transport(replace=how).prices(evidence)  # type: ignore[arg-type]
+    price = Transport(replace=how, measured=False).prices(evidence)  # type: ignore[arg-type]
     expected = {"identity": (2 * 9 + 36) / 4, "scale": 0.0}[how]
     assert float(price) == pytest.approx(expected, abs=1e-12)
 
@@ -572,7 +591,8 @@ def test_swapped_rows_are_no_distance_but_a_price(kind: str) -> None:
     x = draw(48, 6)
     points = torch.stack([x, x.flip(0)])
     assert float(criterion(kind).rank(chain(points)).curve[0]) < 1e-6
-    paired = criterion("transport", replace="identity").rank(chain(points)).curve[0]
+    plain = criterion("transport", replace="identity", measured=False)
+    paired = plain.rank(chain(points)).curve[0]
     assert float(paired) == pytest.approx(float((x - x.flip(0)).square().sum(1).mean()))
 
 

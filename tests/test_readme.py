@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 import torch_otprune
-from torch_otprune.policy.registry import CRITERIA, REPAIRS
+from torch_otprune.policy.registry import (
+    CRITERIA,
+    LAYER_CRITERIA,
+    PENALTIES,
+    REPAIRS,
+    REPLACEMENTS,
+)
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- skip: [^\n]+ -->\s*)?^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -37,7 +43,8 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    before = {table: set(table) for table in (CRITERIA, REPAIRS)}
+    tables = (CRITERIA, LAYER_CRITERIA, PENALTIES, REPAIRS, REPLACEMENTS)
+    before = {table: set(table) for table in tables}
     namespace: dict[str, object] = {"__name__": "page"}
     try:
         for line, code in blocks(ROOT / page, "python"):

@@ -21,6 +21,7 @@ from torch_otprune.surgery import (
     exchange_,
     gap,
     tolerance,
+    unlike_config,
 )
 
 __all__ = ["decide"]
@@ -88,4 +89,7 @@ def _compacted(model: nn.Module, plan: Plan, example: Any) -> Plan:
     small = copied(model)
     cut_(small, plan.cuts)
     exchange_(small, plan.drops)
-    return plan.model_copy(update={"compacted": compact_(small, example)})
+    compacted = compact_(small, example)
+    told = [f"{line}: save it with otp.save" for line in unlike_config(small)[:3]]
+    notes = (*plan.notes, *told)
+    return plan.model_copy(update={"compacted": compacted, "notes": notes})

@@ -33,6 +33,7 @@ from torch_otprune.statistics import (
     finite,
     listen,
     quote,
+    streams_quote,
 )
 from torch_otprune.statistics.observation import DRAWS
 from torch_otprune.statistics.reduce import ranks, ranks_where, share
@@ -96,9 +97,10 @@ class Attached:
     @property
     def bytes(self) -> int:
         """Quote the memory of the statistics; known once the model was analysed, before data."""
-        if self.graph is None or "moments" not in self._needs:
+        if self.graph is None:
             return 0
-        return quote(self.model, self._paths)
+        moments = quote(self.model, self._paths) if "moments" in self._needs else 0
+        return moments + sum(self._streams(self.graph).values())
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
@@ -189,10 +191,19 @@ class Attached:
 
     def _chains(self) -> dict[str, ChainEvidence]:
         """Look at what flows between the blocks that a rule may remove."""
-        graph, probes, found = self._known(), self._probes.batches(), dict[str, ChainEvidence]()
+        graph, probes, found = self._known(), self._probes.numbered(), dict[str, ChainEvidence]()
         model, seed, sites = self.model, self.policy.seed, "sites" in self._needs
         for blocks in owned_blocks(model, self.policy, graph).values():
-            found |= listen(model, graph, blocks, probes, draws=DRAWS, seed=seed, sites=sites)
+            found |= listen(
+                model, graph, blocks, probes=probes, draws=DRAWS, seed=seed, sites=sites
+            )
+        return found
+
+    def _streams(self, graph: Graph) -> dict[str, int]:
+        """Quote what the rows of every run of removable blocks will take, in bytes."""
+        found: dict[str, int] = {}
+        for blocks in owned_blocks(self.model, self.policy, graph).values():
+            found |= streams_quote(self.model, graph, blocks, samples=self.policy.calibration.probe)
         return found
 
     def _lines(self) -> dict[str, SiteEvidence]:
@@ -222,6 +233,9 @@ class Attached:
             example = map_tensors(head(batch, EXAMPLE), lambda t: t.detach().clone())
         graph = trace(self.model, example, channels=looks_at_channels(self.policy))
         paths = self._readers(graph)
+        moments = paths if "moments" in self._needs else ()
+        limit = self.policy.calibration.memory
+        check_memory(self.model, moments, limit, streams=self._streams(graph))
         if "moments" in self._needs:
             self._recorder = self._recording(paths)
         # last: after a refusal nothing is known
@@ -229,7 +243,6 @@ class Attached:
 
     def _recording(self, paths: tuple[str, ...]) -> Recorder:
         calibration = self.policy.calibration
-        check_memory(self.model, paths, calibration.memory)
         return Recorder(
             self.model,
             paths,

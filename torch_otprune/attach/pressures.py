@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from torch_otprune.errors import PolicyError
 from torch_otprune.plan import owned_blocks, owned_sites
 from torch_otprune.policy import Policy
 from torch_otprune.structure import Graph
@@ -23,6 +24,9 @@ def pressures(model: nn.Module, policy: Policy, graph: Graph) -> tuple[Pressure,
     Returns:
         one pressure per rule that has a penalty and owns a block, or an activation that can
         become linear.
+
+    Raises:
+        PolicyError: if a rule with a penalty owns halves of layers only.
     """
     blocks = owned_blocks(model, policy, graph)
     sites = owned_sites(model, policy, graph)
@@ -31,6 +35,12 @@ def pressures(model: nn.Module, policy: Policy, graph: Graph) -> tuple[Pressure,
     found = []
     for index, paths in watched.items():
         penalty = policy.rules[index].penalty  # type: ignore[attr-defined]
+        if isinstance(penalty, Penalty) and not paths and blocks.get(index):
+            raise PolicyError(
+                "a penalty compares a layer's output with its input, which a half does not have.",
+                where=f"Policy.rules[{index}].penalty",
+                fix="target whole layers, or leave the penalty out.",
+            )
         if isinstance(penalty, Penalty) and paths:
             found.append(Pressure(model, paths, penalty, seed=policy.seed + index))
     return tuple(found)

@@ -194,9 +194,9 @@ class _Ranked:
 
 
 def _candidates(case: Case, index: int, rule: Layers, blocks: Sequence[Block]) -> list[Candidate]:
-    criterion = rule.criterion
-    assert isinstance(criterion, LayerCriterion)
-    _check_unit(case, index, criterion)
+    assert isinstance(rule.criterion, LayerCriterion)
+    _check_unit(case, index, rule.criterion)
+    criterion = rule.criterion.following(_standing(rule).kind)
     chains = [case.observation.chain([b.name for b in run]) for run in runs(blocks)]
     ranked = [_Ranked(evidence, criterion.rank(evidence)) for evidence in chains]
     prices = {name: price for found in ranked for name, price in found.steps().items()}
@@ -211,8 +211,8 @@ def _settled(
     case: Case, index: int, rule: Layers, ranked: Sequence[_Ranked]
 ) -> dict[str, tuple[int, ...]]:
     """Carry out what a rule's own `drop` or `keep` says, cheapest first."""
-    criterion = rule.criterion
-    assert isinstance(criterion, LayerCriterion)
+    assert isinstance(rule.criterion, LayerCriterion)
+    criterion = rule.criterion.following(_standing(rule).kind)
     prices = {name: price for found in ranked for name, price in found.steps().items()}
     count = rule.dropped(len(prices))
     if count is None:

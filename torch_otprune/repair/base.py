@@ -247,8 +247,12 @@ class Patient:
         y = output_rows(module, small.output, at).double()
         if gain is None or dense.stream is None or dense.written is None:
             return y
-        wanted = dense.stream.double() + dense.written.double() - small.stream.double()
-        return y + output_rows(module, wanted - small.written.double(), at) * gain
+        wanted = dense.stream.double() + dense.written.double()
+        if (kept := self.kept(site.path)) is not None:  # the stream itself was cut
+            axis = -1 if isinstance(module, nn.Linear) else 1
+            wanted = wanted.index_select(axis, kept.to(wanted.device))
+        moved = wanted - small.stream.double() - small.written.double()
+        return y + output_rows(module, moved, at) * gain
 
     def _gain(self, path: str) -> Tensor | float | None:
         """Undo the scale of the batch-norm between a layer and the stream, if there is just one.

@@ -126,7 +126,8 @@ class Lockstep:
         for _ in self.sites:
             # The model says where it stopped: a shortcut that runs first may be added last.
             pauses = [(dense.advance(), small.advance()) for dense, small in self.walkers]
-            mend(by_path[_common(pauses)], pauses)
+            with torch.no_grad():  # a stream may be a view of a parameter, which keeps its flag
+                mend(by_path[_common(pauses)], pauses)
         for pair in self.walkers:
             for walker in pair:
                 walker.advance()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_otprune.nn import LowRank
 from torch_otprune.report.model import Interval, Latency
 from torch_otprune.structure.forward import (
     batch_size,
@@ -18,7 +17,7 @@ from torch_otprune.structure.forward import (
     flat_tensors,
     run,
 )
-from torch_otprune.structure.layers import is_depthwise, is_linear
+from torch_otprune.structure.layers import Counted, is_depthwise, is_linear
 
 __all__ = ["count_macs", "count_params", "latency"]
 
@@ -52,7 +51,9 @@ def count_macs(model: nn.Module, batch: Any) -> int:
         MACs per sample.
     """
     counter = _Macs(batch_size(batch))
-    layers = [m for m in model.modules() if is_linear(m) or is_depthwise(m) or _is_map(m)]
+    layers = [
+        m for m in model.modules() if is_linear(m) or is_depthwise(m) or isinstance(m, Counted)
+    ]
     leaves = [m for m in layers if not list(m.children())]
     handles = [m.register_forward_hook(counter, with_kwargs=True) for m in leaves]
     try:
@@ -62,10 +63,6 @@ def count_macs(model: nn.Module, batch: Any) -> int:
         for handle in handles:
             handle.remove()
     return counter.total
-
-
-def _is_map(module: nn.Module) -> bool:
-    return isinstance(module, LowRank)
 
 
 class _Macs:
@@ -78,10 +75,9 @@ class _Macs:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
         read = first_tensor(args, kwargs)
-        if read is not None and isinstance(module, LowRank):
-            places = read.numel() // module.channels // self.samples
-            self.total += places * 2 * module.up.numel()
-        if read is None or not isinstance(out, Tensor) or isinstance(module, LowRank):
+        if read is not None and isinstance(module, Counted):
+            self.total += module.macs(read) // self.samples
+        if read is None or not isinstance(out, Tensor) or isinstance(module, Counted):
             return
         # A weight holds out x in/groups x taps, and each position uses every element once.
         grid = read if getattr(module, "transposed", False) else out

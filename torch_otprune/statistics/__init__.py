@@ -9,7 +9,7 @@ from torch_otprune.statistics.observation import Observation, conclude
 from torch_otprune.statistics.recorder import Recorder, check_memory, consumers, quote
 from torch_otprune.statistics.reservoir import Reservoir
 from torch_otprune.statistics.sensitivity import Sensitivity, sense
-from torch_otprune.statistics.stream import listen
+from torch_otprune.statistics.stream import listen, streams_quote
 
 __all__ = [
     "ChainEvidence",
@@ -33,4 +33,5 @@ __all__ = [
     "quote",
     "rebatched",
     "sense",
+    "streams_quote",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = ["Recorder", "check_memory", "consumers", "quote"]
 
 _log = logging.getLogger(__name__)
 
+_NOTHING: Mapping[str, int] = MappingProxyType({})
 _FLOOR = 8  # positions per sample at least: fewer would see one corner of the image
 
 
@@ -53,23 +55,31 @@ def quote(model: nn.Module, paths: Iterable[str]) -> int:
     return sum(Moments.bytes(columns(m)) for m in modules)
 
 
-def check_memory(model: nn.Module, paths: Sequence[str], limit: float) -> None:
+def check_memory(
+    model: nn.Module,
+    paths: Sequence[str],
+    limit: float,
+    *,
+    streams: Mapping[str, int] = _NOTHING,
+) -> None:
     """Refuse statistics that would not fit.
 
     Args:
         model: the model.
         paths: the layers to observe.
         limit: how much they may take, in GiB.
+        streams: run of removable blocks to what its rows take, in bytes.
 
     Raises:
         CalibrationError: naming the widest layers.
     """
-    size = quote(model, paths)
+    parts = [(quote(model, [path]), f"'{path}'") for path in paths]
+    parts += [(size, f"the stream at '{name}'") for name, size in streams.items()]
+    size = sum(part for part, _ in parts)
     _log.info("statistics will take %s", _binary(size))
     if size <= limit * 2**30:
         return
-    widest = sorted(paths, key=lambda path: -quote(model, [path]))[:3]
-    sizes = [f"'{path}' {_binary(quote(model, [path]))}" for path in widest]
+    sizes = [f"{name} {_binary(part)}" for part, name in sorted(parts, key=lambda p: -p[0])[:3]]
     raise CalibrationError(
         f"the statistics would take {_binary(size)}.",
         where=f"Calibration.memory = {limit:g}; {', '.join(sizes)}",

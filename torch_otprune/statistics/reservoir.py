@@ -55,12 +55,23 @@ class Reservoir:
         Returns:
             this rank's share of what all ranks together keep.
         """
+        return [batch for _, batch in self.numbered()]
+
+    def numbered(self) -> list[tuple[list[int], Any]]:
+        """Hand the samples out as `batches` does, each batch with its samples' numbers.
+
+        Returns:
+            pairs of numbers in the stream of all ranks, and the batch that they make.
+        """
         limit = self._limit()
         mine = sorted((e for e in self.kept if e[0] <= limit), key=lambda entry: entry[1])
-        groups: dict[Any, list[Any]] = {}
-        for _, _, sample in mine:
-            groups.setdefault(make(sample), []).append(sample)
-        return [joined(samples) for samples in groups.values()]
+        groups: dict[Any, list[tuple[int, Any]]] = {}
+        for _, number, sample in mine:
+            groups.setdefault(make(sample), []).append((number, sample))
+        return [
+            ([number for number, _ in group], joined([sample for _, sample in group]))
+            for group in groups.values()
+        ]
 
     def _limit(self) -> float:
         """Find the highest mark that all ranks together still keep."""

@@ -191,17 +191,21 @@ def slopes_of(
         one gradient per point; None where no output depends on it.
 
     Raises:
-        CalibrationError: if the run cannot be differentiated, as under re-entrant checkpointing.
+        CalibrationError: if the run cannot be differentiated, as under re-entrant checkpointing,
+            or where something overwrites what the gradient needs.
     """
     try:
         found: tuple[Tensor | None, ...] = torch.autograd.grad(
             outputs, points, drawn, retain_graph=more, allow_unused=True
         )
     except RuntimeError as error:
+        inplace = "inplace operation" in str(error)
         raise CalibrationError(
             f"the output cannot be differentiated: {first_line(error)}",
             where="the sensitivity of the output, on the calibration data",
-            fix="call torch.utils.checkpoint with use_reentrant=False, or switch it off meanwhile.",
+            fix="write `x = x + f(x)` for `x += f(x)`: the gradient needs what f was given."
+            if inplace
+            else "call checkpoint with use_reentrant=False, or switch checkpointing off meanwhile.",
         ) from error
     return found
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import groupby
 from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from torch_otprune.statistics.depth import ChainEvidence, SiteEvidence
-from torch_otprune.statistics.patches import pick, positions, rows, supported
-from torch_otprune.statistics.reduce import all_rows, all_sum_, rank
+from torch_otprune.statistics.patches import columns, pick, positions, rows, supported
+from torch_otprune.statistics.reduce import all_rows, all_sum_, ranks_where
 from torch_otprune.statistics.sensitivity import chunks, gradients, signs, slopes_of
 from torch_otprune.statistics.sites import mean_weights, real, watch_sites
-from torch_otprune.structure.blocks import adds_two
-from torch_otprune.structure.flow import tensors
+from torch_otprune.statistics.taps import Taps, flat
 from torch_otprune.structure.forward import (
     batch_size,
     evaluating,
@@ -29,12 +27,10 @@ from torch_otprune.structure.forward import (
 from torch_otprune.structure.graph import Block, Graph
 from torch_otprune.structure.mute import muted
 from torch_otprune.structure.sites import sites_in
-from torch_otprune.structure.wiring import first_of, stream_of
 
-__all__ = ["Taps", "flat", "listen", "runs"]
+__all__ = ["listen", "runs", "streams_quote"]
 
 _ROWS = 8192  # rows per chain, over all samples
-_FAR = 1 << 32  # samples of one rank count from here to the next multiple
 
 
 def runs(blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
@@ -55,8 +51,8 @@ def listen(
     model: nn.Module,
     graph: Graph,
     blocks: Sequence[Block],
-    batches: Sequence[Any],
     *,
+    probes: Sequence[tuple[Sequence[int], Any]],
     draws: int,
     seed: int,
     sites: bool = False,
@@ -72,7 +68,8 @@ def listen(
         model: the dense model; left as it was.
         graph: its analysis.
         blocks: what may go.
-        batches: this rank's probes.
+        probes: this rank's batches, each with the numbers of its samples in the stream of all
+            ranks: which rank has a sample must not matter.
         draws: random sign vectors.
         seed: the policy's seed.
         sites: whether to look at the activations inside the blocks, in one more pass.
@@ -83,17 +80,58 @@ def listen(
     Source: Hutchinson 1990 for the estimator.
     """
     inside = {s.name: s for b in blocks if sites for s in sites_in(graph.sites, b)}
+    batches = [batch for _, batch in probes]
     acts = watch_sites(model, inside.values(), batches) if sites else {}
+    numbers = [number for known, _ in probes for number in known]
+    total = torch.tensor([len(numbers)], dtype=torch.float64, device="cpu")
+    all_sum_([total])
+    wanted = _wanted(int(total))
     found = {}
     for run_ in runs(blocks):
-        chain = _Chain(model, graph, run_, sum(map(batch_size, batches)), seed, acts)
+        chain = _Chain(model, graph, run_, numbers, wanted, draws=draws, seed=seed, acts=acts)
         with outside_inference(), evaluating(model), gradients(model):
             for batch in batches:
                 for piece in chunks(batch):
-                    chain.look(piece, draws)
+                    chain.look(piece)
         trial = _Trial(model, run_, batches)
         found[run_[0].name] = chain.evidence(trial)
     return found
+
+
+def _wanted(samples: int) -> int:
+    """Say how many positions of each sample become rows."""
+    return ceil(_ROWS / max(samples, 1))
+
+
+def streams_quote(
+    model: nn.Module, graph: Graph, blocks: Sequence[Block], *, samples: int
+) -> dict[str, int]:
+    """Tell how much memory the rows will take, before the first batch.
+
+    Args:
+        model: the dense model.
+        graph: its analysis.
+        blocks: what may go.
+        samples: probes over all ranks, at most.
+
+    Returns:
+        the first block of each run to bytes, on each rank.
+    """
+    found = {}
+    for run_ in runs(blocks):
+        rows = samples * min(_wanted(samples), run_[0].positions)
+        writers = [path for b in run_ if (path := _writer(model, graph, b)) is not None]
+        wide = sum(columns(model.get_submodule(path)) for path in writers)
+        found[run_[0].name] = 8 * rows * (wide + (len(run_) + 1) * run_[0].channels)
+    return found
+
+
+def _writer(model: nn.Module, graph: Graph, block: Block) -> str | None:
+    """Name the layer in front that could write what the block does, if it can be refitted."""
+    path = block.front
+    if path is None or path in graph.repeated:
+        return None
+    return path if supported(model.get_submodule(path)) else None
 
 
 @dataclass
@@ -103,7 +141,10 @@ class _Chain:
     model: nn.Module
     graph: Graph
     blocks: tuple[Block, ...]
-    samples: int
+    numbers: Sequence[int]  # of this rank's samples
+    wanted: int  # positions of each sample
+    _: KW_ONLY
+    draws: int
     seed: int
     acts: Mapping[str, SiteEvidence]
     points: list[list[Tensor]] = field(default_factory=list)
@@ -116,20 +157,12 @@ class _Chain:
         channels = self.blocks[0].channels
         n = len(self.blocks)
         self.alone, self.spread = _zeros(n, channels), _zeros(n, channels)
-        self.together, self.power = _zeros(n), _zeros(2)
+        self.together, self.power, self.felt = _zeros(n), _zeros(2), _zeros(1)
         self.points = [[] for _ in range(n + 1)]
-        self.writers = [self._writer(block) for block in self.blocks]
+        self.writers = [_writer(self.model, self.graph, block) for block in self.blocks]
         self.fed = [[] for _ in range(n)]
-        self.draws = 1
 
-    def _writer(self, block: Block) -> str | None:
-        """Name the layer in front that could write what the block does, if it can be refitted."""
-        path = block.front
-        if path is None or path in self.graph.repeated:
-            return None
-        return path if supported(self.model.get_submodule(path)) else None
-
-    def look(self, piece: Any, draws: int) -> None:
+    def look(self, piece: Any) -> None:
         """Run one piece of a batch and take notes."""
         taps = Taps(self.model, self.blocks, [w for w in self.writers if w])
         with taps:
@@ -140,16 +173,19 @@ class _Chain:
             dtype=torch.float64,
         )
         self._take(piece, pairs, taps.fed)
-        self._feel(outputs, pairs, draws)
+        self._feel(outputs, pairs)
 
     def _take(
         self, piece: Any, pairs: list[tuple[Tensor, Tensor]], fed: Mapping[str, Tensor]
     ) -> None:
         axis, first = self.blocks[0].axis, pairs[0][0]
         size, total = flat(first, axis).shape[:2]
-        at = pick(total, max(ceil(_ROWS / max(self.samples, 1)), 1), self.blocks[0].name, self.seed)
-        valid = real(piece, size, total)[:, at].flatten()
-        ends = (at == total - 1).expand(size, -1).flatten()
+        told = real(piece, size, total)
+        end = total - 1 - told.flip(1).int().argmax(1)  # each sample's last real position
+        drawn = pick(total, self.wanted, self.blocks[0].name, self.seed)
+        at = torch.cat([drawn, end]).unique()
+        last = at == end[:, None]
+        valid = (told[:, at] & (torch.isin(at, drawn) | last)).flatten()
         for place, tensor in enumerate((first, *(y for _, y in pairs))):
             self.points[place].append(flat(tensor, axis)[:, at].flatten(0, 1)[valid])
         for place, writer in enumerate(self.writers):
@@ -157,23 +193,26 @@ class _Chain:
             if module is not None and positions(module, fed[writer or ""]) == total:
                 design = rows(module, fed[writer or ""].detach(), at).double().cpu()
                 self.fed[place].append(design[valid])
-        owner = self.seen + torch.arange(size).repeat_interleave(len(at))
-        self.seen += size
-        self.owners.append(owner[valid])
-        self.lasts.append(ends[valid])
+        samples = batch_size(piece)
+        known = torch.tensor(self.numbers[self.seen : self.seen + samples], device="cpu")
+        self.seen += samples
+        # a stream of windows has several entries per sample, next to one another
+        own = known[torch.arange(size, device="cpu") * samples // size]
+        self.owners.append(own.repeat_interleave(len(at))[valid])
+        self.lasts.append(last.flatten()[valid])
 
-    def _feel(self, outputs: list[Tensor], pairs: list[tuple[Tensor, Tensor]], draws: int) -> None:
+    def _feel(self, outputs: list[Tensor], pairs: list[tuple[Tensor, Tensor]]) -> None:
         written = [y for _, y in pairs]
-        self.draws = draws
         if not outputs or not all(y.requires_grad for y in written):
             return
+        self.felt += 1
         generator = torch.Generator("cpu").manual_seed(self.seed)
         axis = self.blocks[0].axis
         moves = [flat(y, axis) - flat(x, axis) for x, y in pairs]
         self.spread += torch.stack([m.square().mean(1).sum(0) for m in moves])
-        for draw in range(draws):
+        for draw in range(self.draws):
             drawn = [signs(t, generator) for t in outputs]
-            slopes = slopes_of(outputs, written, drawn, more=draw + 1 < draws)
+            slopes = slopes_of(outputs, written, drawn, more=draw + 1 < self.draws)
             for place, (move, slope) in enumerate(zip(moves, slopes, strict=True)):
                 if slope is not None:
                     each = (move * flat(slope, axis)).sum(1)
@@ -181,22 +220,24 @@ class _Chain:
                     self.together[place] += each.sum(1).square().sum()
 
     def evidence(self, trial: _Trial) -> ChainEvidence:
-        """Sum up over ranks."""
-        all_sum_([self.alone, self.spread, self.together, self.power])
-        points = torch.stack([all_rows(torch.cat(p)) for p in self.points])
-        owner = all_rows(torch.cat(self.owners)[:, None] + rank() * _FAR)[:, 0]
-        last = all_rows(torch.cat(self.lasts)[:, None].long())[:, 0].bool()
-        whole = [len(f) == len(self.owners) for f in self.fed]
-        fed = [all_rows(torch.cat(f)) if w else None for f, w in zip(self.fed, whole, strict=True)]
+        """Sum up over ranks, rows in the order of the stream."""
+        all_sum_([self.alone, self.spread, self.together, self.power, self.felt])
+        owner = self._rows([o[:, None] for o in self.owners], 1)[:, 0].long()
+        order = owner.argsort(stable=True)
+        last = self._rows([t[:, None].double() for t in self.lasts], 1)[order, 0] > 0
+        points = _zeros(len(self.points), len(order), self.blocks[0].channels)
+        for place, rows_ in enumerate(self.points):
+            points[place] = self._rows(rows_, points.shape[2])[order]
+        fed = [self._design(place, order) for place in range(len(self.blocks))]
         return ChainEvidence(
             name=self.blocks[0].name,
             blocks=tuple(block.name for block in self.blocks),
             points=points,
-            sample=owner,
+            sample=owner[order],
             last=last,
             writers=tuple(fed),
             feel=torch.cat([torch.ones_like(self.alone[:1]), self._weights()]),
-            power=float(self.power[1] / self.power[0].clamp_min(1)),
+            power=float(self.power[1] / self.power[0].clamp_min(1)) if self.felt else 1.0,
             sites=tuple(
                 tuple(self.acts[s.name] for s in sites_in(self.graph.sites, b) if self.acts)
                 for b in self.blocks
@@ -206,8 +247,22 @@ class _Chain:
             seed=self.seed,
         )
 
+    def _rows(self, pieces: list[Tensor], width: int) -> Tensor:
+        """Put the rows of all ranks together; this one may have none. Its pieces are let go."""
+        mine = torch.cat([_zeros(0, width), *pieces])
+        pieces.clear()
+        return all_rows(mine)
+
+    def _design(self, place: int, order: Tensor) -> Tensor | None:
+        path, pieces = self.writers[place], self.fed[place]
+        if path is None or ranks_where(len(pieces) != len(self.owners)):
+            return None
+        return self._rows(pieces, columns(self.model.get_submodule(path)))[order]
+
     def _weights(self) -> Tensor:
         """Weigh every channel so that a block's own contribution costs what it was felt."""
+        if not self.felt:  # no gradient gets to the output, as under the user's `no_grad`
+            return torch.ones_like(self.alone)
         apart = self.alone / self.spread.clamp_min(1e-30)
         scale = self.together / self.alone.sum(1).clamp_min(1e-300)
         weights: Tensor = apart * scale[:, None] / self.draws
@@ -246,93 +301,3 @@ class _Trial:
 
 def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64, device="cpu")
-
-
-def flat(tensor: Tensor, axis: int) -> Tensor:
-    """Lay a stream out.
-
-    Args:
-        tensor: samples first.
-        axis: of the channels.
-
-    Returns:
-        samples x positions x channels, in float64 on the CPU.
-    """
-    wide = tensor.detach().double().cpu().movedim(axis, -1)
-    return wide.reshape(len(wide), -1, wide.shape[-1])
-
-
-class Taps(TorchFunctionMode):
-    """Keep what every block reads and writes in one run, as points to differentiate at."""
-
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], writers: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.blocks, self.writers = model, blocks, writers
-        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        self.fed: dict[str, Tensor] = {}
-        self.joints = {b.joint[0]: (b.name, b.joint[1]) for b in blocks if b.joint}
-        self.added = -1
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> Taps:
-        for block in (b for b in self.blocks if b.joint is None):
-            module = self.model.get_submodule(block.name)
-            self.handles.append(
-                module.register_forward_hook(_Through(self, block.name), with_kwargs=True)
-            )
-        for path in self.writers:
-            module = self.model.get_submodule(path)
-            self.handles.append(
-                module.register_forward_pre_hook(_Fed(self, path), with_kwargs=True)
-            )
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        for handle in self.handles:
-            handle.remove()
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        given = {id(t): t for t in tensors((args, kwargs))}
-        if not adds_two(getattr(function, "__name__", ""), len(given)):
-            return function(*args, **(kwargs or {}))
-        self.added += 1
-        if self.added not in self.joints:
-            return function(*args, **(kwargs or {}))
-        name, side = self.joints[self.added]
-        stream = list(given.values())[side].clone()  # an addition in place would change it
-        out = function(*args, **(kwargs or {}))
-        self.pairs[name] = stream, out
-        return out
-
-
-@dataclass
-class _Through:
-    """The hook behind a block."""
-
-    taps: Taps
-    path: str
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> None:
-        stream, written = stream_of(args, kwargs), first_of(out)
-        assert stream is not None
-        assert written is not None
-        self.taps.pairs[self.path] = stream, written
-
-
-@dataclass
-class _Fed:
-    """The hook before a linear layer that writes to the stream."""
-
-    taps: Taps
-    path: str
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = stream_of(args, kwargs)
-        assert given is not None
-        self.taps.fed[self.path] = given.detach()

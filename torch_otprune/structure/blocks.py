@@ -11,6 +11,7 @@ from torch import nn
 
 from torch_otprune.structure.flow import Flow, Visit
 from torch_otprune.structure.graph import Block, Blocked, Swap
+from torch_otprune.structure.levels import levelled, listed
 from torch_otprune.structure.wiring import first_of, stream_of, wiring_of
 
 __all__ = ["adds_two", "find_blocks", "norms_of_sums"]
@@ -33,6 +34,9 @@ _WORK = frozenset(
     """.split()
 )
 _NORMS = frozenset({"layer_norm", "rms_norm", "batch_norm", "group_norm"})
+_AXES = {"linear": -1, "layer_norm": -1, "rms_norm": -1, "batch_norm": 1, "group_norm": 1} | {
+    f"conv{kind}{axes}d": 1 for kind in ("", "_transpose") for axes in (1, 2, 3)
+}  # where these ops have the channels of what they read
 _NORMALISED = "it is a branch with a norm behind its addition, and the norm stays"
 _NO_IDENTITY = "no addition joins its output to its unchanged input"
 
@@ -65,7 +69,7 @@ def find_blocks(model: nn.Module, notes: Flow) -> tuple[tuple[Block, ...], tuple
     search = _Search(model, notes)
     blocks, stuck = search.modules()
     branches = search.halves(blocks)
-    found = _levelled(model, [*blocks, *branches])
+    found = levelled(model, [*blocks, *branches])
     return tuple(search.chained(found)), tuple(stuck)
 
 
@@ -115,7 +119,7 @@ class _Search:
     def _telling(self, name: str, classes: set[type]) -> bool:
         """Leave out what nobody would take for a layer."""
         kind = type(self.model.get_submodule(name))
-        return kind in classes or (kind is not nn.Sequential and _listed(self.model, name))
+        return kind in classes or (kind is not nn.Sequential and listed(self.model, name))
 
     def _adds(self, visit: Visit) -> bool:
         """Tell whether two tensors of one shape are added inside, behind a linear layer."""
@@ -196,15 +200,27 @@ class _Search:
         wiring = wiring_of(visit)
         assert wiring is not None
         self.ends[visit.path] = visit.reads[id(stream)], visit.writes[id(written)]
-        axis = 1 if self._pictures(visit.first, visit.last) else -1
+        axis = self._axis(self.ends[visit.path][0], visit)
         swap = Swap(visit.path, "skip", wiring, stream.shape[axis], axis)
         places = prod(stream.shape[1:]) // swap.size
         return Block(visit.path, "block", "part", visit.path, 0, (swap,), swap.size, axis, places)
 
-    def _pictures(self, first: int, last: int) -> bool:
-        """Tell channels-first from tokens by the layers inside."""
-        names = {op.name for op in self.notes.ops[first:last]} & _WORK
-        return all(name.startswith("conv") for name in names)
+    def _axis(self, stream: int, inside: Visit) -> int:
+        """Tell channels-first from tokens: by the first layer that reads the stream as it is."""
+        readers, seen = list(self.notes.readers.get(stream, ())), set[int]()
+        while readers:
+            number = min(readers)
+            readers.remove(number)
+            if number in seen or number >= inside.last:
+                continue
+            seen.add(number)
+            op = self.notes.ops[number]
+            if op.name in _AXES:
+                return _AXES[op.name]
+            if op.name in _PASSES:
+                readers += [r for node in op.writes for r in self.notes.readers.get(node, ())]
+        names = {op.name for op in self.notes.ops[inside.first : inside.last]} & _WORK
+        return 1 if all(name.startswith("conv") for name in names) else -1
 
     def halves(self, blocks: Sequence[Block]) -> list[Block]:
         """List the branches that are not just what a block adds."""
@@ -215,23 +231,33 @@ class _Search:
             inner = min(around, key=lambda v: v.last - v.first, default=None)
             if inner is not None and self._mates(inner) == [branch]:
                 continue
-            if (block := self._branch(branch)) is not None:
-                found.append(block)
+            end = self._writer(branch)
+            # the name of what is found already, or of what is added to two streams, says too little
+            if end is not None and end.path not in self.ends and not self._shares(branch, end):
+                found += self._branch(branch, end)
         return found
+
+    def _shares(self, branch: _Branch, end: Visit) -> bool:
+        """Tell whether anything but the addition uses what the end of a branch writes."""
+        pending = [end.writes[id(t)] for t in (first_of(end.output),) if t is not None]
+        while pending:
+            node = pending.pop()
+            readers = set(self.notes.readers.get(node, ())) - {branch.number}
+            if node in self.notes.returned or not branch.inside.issuperset(readers):
+                return True
+            pending += [made for reader in readers for made in self.notes.ops[reader].writes]
+        return False
 
     def _mates(self, visit: Visit) -> list[_Branch]:
         return [b for b in self.branches if visit.first <= b.number < visit.last]
 
-    def _branch(self, branch: _Branch) -> Block | None:
-        """Find the modules that make way when a branch is muted."""
-        end = self._writer(branch)
-        if end is None:
-            return None
+    def _branch(self, branch: _Branch, end: Visit) -> list[Block]:
+        """Find the modules that make way when a branch is muted; none where it cannot be."""
         written = first_of(end.output)
         wiring = wiring_of(end, stream=False)
         if written is None or wiring is None:
-            return None
-        axis = 1 if self._pictures(end.first, end.last) else -1
+            return []
+        axis = self._axis(branch.stream, end)
         size = written.shape[axis]
         zero = Swap(end.path, "zero", wiring, size, axis)
         skips = self._skips(branch, end)
@@ -240,9 +266,10 @@ class _Search:
         joint = branch.order, self.notes.ops[branch.number].reads.index(branch.stream)
         swaps = (zero, *skips)
         places = prod(self.notes.shapes[branch.stream][1:]) // channels
-        return Block(
+        found = Block(
             end.path, "branch", "part", end.path, 0, swaps, channels, axis, places, joint=joint
         )
+        return [found]
 
     def _writer(self, branch: _Branch) -> Visit | None:
         """Find the outermost module inside a branch that wrote what is added."""
@@ -363,27 +390,3 @@ def norms_of_sums(model: nn.Module, notes: Flow) -> dict[str, str]:
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-
-
-def _levelled(model: nn.Module, blocks: list[Block]) -> list[Block]:
-    """Tell layers, which a user would name, from what is inside them or around several."""
-    # Layers are the outermost entries of a list that holds at least two of them; where there
-    # are no lists, the innermost blocks.
-    whole = [b.name for b in blocks if b.kind == "block"]
-    lists = Counter(n.rpartition(".")[0] for n in whole if _listed(model, n))
-    entries = [n for n in whole if lists[n.rpartition(".")[0]] > 1]
-    layers = {n for n in entries if not any(_below(n, other) for other in entries)}
-    kinds = {type(model.get_submodule(n)) for n in layers} - {nn.Sequential}
-    around = [n for n, m in model.named_modules() if n in layers or type(m) in kinds]
-    apart = [n for n in whole if not any(_below(n, a) or _below(a, n) for a in around)]
-    layers |= {n for n in apart if not any(_below(other, n) for other in apart)}
-    return [replace(b, level="layer") if b.name in layers else b for b in blocks]
-
-
-def _below(path: str, container: str) -> bool:
-    return path.startswith(f"{container}.")
-
-
-def _listed(model: nn.Module, path: str) -> bool:
-    parent = model.get_submodule(path.rpartition(".")[0])
-    return isinstance(parent, (nn.ModuleList, nn.Sequential))

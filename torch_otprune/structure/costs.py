@@ -40,7 +40,7 @@ def cost_models(model: nn.Module, groups: Sequence[Group], notes: Probe) -> dict
         _mac_term(name, module, notes.positions[name], widths)
         for name, module in model.named_modules()
         if name in notes.positions
-    ]
+    ] + [Term(name, own, ()) for name, own in notes.macs.items()]
     params = [_size_term(name, p.shape, widths) for name, p in model.named_parameters()]
     return {
         "params": CostModel("params", tuple(params)),

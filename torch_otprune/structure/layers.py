@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from math import prod
@@ -12,6 +13,7 @@ from torch_otprune.structure.graph import Graph, Side
 
 __all__ = [
     "NORMS",
+    "Counted",
     "axes",
     "bare_axis",
     "channels",
@@ -24,6 +26,22 @@ __all__ = [
     "tensor",
     "widths_of",
 ]
+
+
+class Counted(nn.Module, ABC):
+    """A module that says itself what its bare matrices cost."""
+
+    @abstractmethod
+    def macs(self, x: Tensor) -> int:
+        """Count the multiply-accumulates of one call.
+
+        Args:
+            x: what it reads.
+
+        Returns:
+            of the whole batch.
+        """
+
 
 Conv = nn.modules.conv._ConvNd
 BatchNorm = nn.modules.batchnorm._BatchNorm

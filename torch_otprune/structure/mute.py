@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_otprune.structure.graph import Swap
 from torch_otprune.structure.wiring import first_of, stream_of
 
-__all__ = ["muted"]
+__all__ = ["exchanged", "muted"]
 
 
 @contextmanager
@@ -35,6 +35,7 @@ def muted(model: nn.Module, swaps: Iterable[Swap]) -> Iterator[None]:
         for swap in swaps:
             hook = _Mute(silent=swap.by == "zero")
             module = model.get_submodule(swap.path)
+            handles.append(module.register_forward_pre_hook(hook.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
@@ -44,21 +45,38 @@ def muted(model: nn.Module, swaps: Iterable[Swap]) -> Iterator[None]:
 
 @dataclass
 class _Mute:
-    """The hook behind one block."""
+    """The hooks around one block."""
 
     silent: bool
+    stream: Tensor | None = None
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Copy the stream, to which the block may add in place."""
+        if not self.silent:
+            stream = stream_of(args, kwargs)
+            self.stream = None if stream is None else stream.clone()
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> Any:
         written = first_of(out)
-        stream = stream_of(args, kwargs)
         assert written is not None
-        assert stream is not None
-        return _exchanged(out, written, torch.zeros_like(written) if self.silent else stream)
+        new, self.stream = torch.zeros_like(written) if self.silent else self.stream, None
+        assert new is not None
+        return exchanged(out, written, new)
 
 
-def _exchanged(out: Any, old: Tensor, new: Tensor) -> Any:
+def exchanged(out: Any, old: Tensor, new: Tensor) -> Any:
+    """Put one tensor in another's place in what a module returned.
+
+    Args:
+        out: a tensor, or a tuple or list of several things.
+        old: one of its tensors.
+        new: what takes its place.
+
+    Returns:
+        the same structure.
+    """
     if out is old:
         return new
     entries = (new if entry is old else entry for entry in out)

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_otprune.structure.forward import Call, batch_size, evaluating, flat_tensors, run
 from torch_otprune.structure.graph import Tail
-from torch_otprune.structure.layers import BatchNorm, is_depthwise, is_linear
+from torch_otprune.structure.layers import BatchNorm, Counted, is_depthwise, is_linear
 
 __all__ = ["Probe", "probe", "summands"]
 
@@ -32,6 +32,7 @@ class Probe:
         positions: output positions per sample of each convolution or dense layer, over all calls.
         tails: linear layer to what its output passes next.
         outputs: output shape of each leaf's first call.
+        macs: multiply-accumulates per sample of each module that counts its own, over all calls.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class Probe:
     positions: dict[str, int] = field(default_factory=dict)
     tails: dict[str, Tail] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
 
 
 def probe(model: nn.Module, example: Any) -> Probe:
@@ -176,6 +178,8 @@ class _Watch(TorchFunctionMode):
         notes.calls[name] = notes.calls.get(name, 0) + 1
         if notes.calls[name] == 1:
             notes.order.append(name)
+        if isinstance(module, Counted) and given:
+            notes.macs[name] = notes.macs.get(name, 0) + module.macs(given[0]) // self.samples
         if not isinstance(out, Tensor):
             return
         notes.outputs.setdefault(name, tuple(out.shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def trace(model: nn.Module, example: Any, *, channels: bool = True) -> Graph:
         found = components(model, example) if channels else []
         ops = flow(model, example)
     blocks, stuck = find_blocks(model, ops)
-    groups, blocked = _assemble(model, found, notes)
+    groups, blocked = _assemble(model, found, notes, taken={block.name for block in blocks})
     costs = cost_models(model, groups, notes)
     linear = tuple(n for n in notes.order if n in notes.positions)
     repeated = frozenset(n for n, calls in notes.calls.items() if calls > 1)
@@ -157,7 +157,7 @@ def _probe(model: nn.Module, example: Any) -> Probe:
 
 
 def _assemble(
-    model: nn.Module, found: Iterable[Component], notes: Probe
+    model: nn.Module, found: Iterable[Component], notes: Probe, *, taken: Collection[str]
 ) -> tuple[list[Group], list[Blocked]]:
     modules = dict(model.named_modules()) | dict(model.named_parameters())
     rank = {name: i for i, name in enumerate(notes.order)}
@@ -192,7 +192,7 @@ def _assemble(
             )
     last = len(rank)
     groups.sort(key=lambda g: (rank.get(g.name, last), g.members[0].index[0, 0].item()))
-    return _unique(groups), blocked
+    return _unique(groups, taken), blocked
 
 
 def _telling(reasons: set[str]) -> list[str]:
@@ -201,9 +201,9 @@ def _telling(reasons: set[str]) -> list[str]:
     return causes or sorted(reasons)[:1]
 
 
-def _unique(groups: list[Group]) -> list[Group]:
-    """Tell groups of one producer apart: `a`, `a#2`, `a#3`."""
-    seen: dict[str, int] = defaultdict(int)
+def _unique(groups: list[Group], taken: Collection[str]) -> list[Group]:
+    """Tell groups of one producer apart, and from a block of its name: `a`, `a#2`, `a#3`."""
+    seen: dict[str, int] = defaultdict(int, dict.fromkeys(taken, 1))
     named = []
     for group in groups:
         seen[group.name] += 1

@@ -24,11 +24,11 @@ def stream_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
 
     Returns:
         the first floating tensor: positional, under a usual name, under any other; None where
-        there is none.
+        there is none, or it is wrapped in a tuple, in which no stand-in looks.
     """
     usual = [kwargs[name] for name in _USUAL if name in kwargs]
-    given = (args, usual, kwargs)
-    return next((t for t in tensors(given) if t.is_floating_point()), None)
+    given = (t for t in (*args, *usual, *kwargs.values()) if isinstance(t, Tensor))
+    return next((t for t in given if t.is_floating_point()), None)
 
 
 def first_of(output: Any) -> Tensor | None:
@@ -53,13 +53,15 @@ def wiring_of(visit: Visit, *, stream: bool = True) -> Wiring | None:
         return None
     main, wiring = first_of(output), list[str | int | None]()
     for entry in output:
+        if entry is main and "x" in wiring:  # twice: no stand-in could tell them apart
+            return None
         if entry is main:
             wiring.append("x")
         elif entry is None:
             wiring.append(None)
         else:
             handed = _handed(visit, entry)
-            if handed is None and stream:
+            if (handed is None and stream) or handed == "x":
                 return None
             wiring.append(handed)
     return tuple(wiring)

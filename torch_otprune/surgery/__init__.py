@@ -6,6 +6,7 @@ from torch_otprune.surgery.copied import copied
 from torch_otprune.surgery.cut import check_cuts, cut_, merged, put_
 from torch_otprune.surgery.exchange import exchange_, gone
 from torch_otprune.surgery.oracle import compared, disagreement, gap, masked
+from torch_otprune.surgery.reload import unlike_config
 from torch_otprune.surgery.undo import Snapshot
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "renamed",
     "take_out_",
     "tolerance",
+    "unlike_config",
 ]

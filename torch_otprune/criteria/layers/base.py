@@ -26,6 +26,17 @@ class LayerCriterion(Setting, ABC):
     needs: ClassVar[frozenset[LayerNeed]] = frozenset({"points"})
     priced: ClassVar[bool] = False  # whether costs are shares of the network's squared output
 
+    def following(self, replacement: str) -> LayerCriterion:
+        """Fit in with what stands in for a removed block.
+
+        Args:
+            replacement: its kind.
+
+        Returns:
+            the criterion to use; itself unless it prices what stands in.
+        """
+        return self
+
     @abstractmethod
     def rank(self, evidence: ChainEvidence) -> Ranking:
         """Order the blocks from the first to keep to the first to go.

@@ -14,7 +14,8 @@ from torch_otprune.plan.replacement import Replacement
 from torch_otprune.repair.base import Note, Patient
 from torch_otprune.statistics.patches import pick
 from torch_otprune.statistics.reduce import all_sum_
-from torch_otprune.statistics.stream import Taps, flat
+from torch_otprune.statistics.sites import real
+from torch_otprune.statistics.taps import Taps, flat
 from torch_otprune.structure.forward import batch_size, evaluating, run
 from torch_otprune.surgery.cut import put_
 
@@ -83,7 +84,7 @@ def paired(patient: Patient, drop: Drop) -> Paired:
         drop: the block.
 
     Returns:
-        sums over all batches and ranks; positions are sub-sampled.
+        sums over all batches and ranks; positions are sub-sampled, padding does not count.
     """
     block = patient.graph.block(drop.block)
     sums, samples = Paired(block.channels), sum(map(batch_size, patient.batches))
@@ -94,7 +95,8 @@ def paired(patient: Patient, drop: Drop) -> Paired:
             x, y = (flat(t, block.axis) for t in taps.pairs[block.name])
             wanted = ceil(_ROWS / max(samples, 1))
             at = pick(x.shape[1], wanted, block.name, patient.seed)
-            sums.add(x[:, at].flatten(0, 1), y[:, at].flatten(0, 1))
+            told = real(batch, *x.shape[:2])[:, at]
+            sums.add(x[:, at][told], y[:, at][told])
     all_sum_([sums.count, sums.first, sums.product])
     return sums
 

@@ -14,7 +14,7 @@ from torch_otprune.repair.lockstep import Lockstep, Pause, Site
 from torch_otprune.repair.replace.base import Fitted, Paired, hand_norms_
 from torch_otprune.statistics.patches import full_weight, output_rows, pick, positions
 from torch_otprune.statistics.reduce import all_sum_
-from torch_otprune.structure.layers import tensor
+from torch_otprune.structure.layers import Conv, tensor
 from torch_otprune.surgery.cut import put_
 from torch_otprune.transport import gaussian
 
@@ -31,7 +31,8 @@ class Bures(Fitted):
     used. The map is linear and is multiplied into the layer's weight.
 
     Limits: it restores mean and covariance, not values; where pairs are known, `affine` has the
-    smaller error. Only for layers whose bias, or the batch-norm behind them, takes up the mean.
+    smaller error. Only for layers whose bias, or the batch-norm behind them, takes up the mean,
+    and not for grouped convolutions.
 
     Source: Olkin & Pukelsheim 1982 for the map; ours for its use.
     """
@@ -60,9 +61,8 @@ class _Carry:
 
     def mend(self, site: Site, pauses: list[tuple[Pause, Pause]]) -> None:
         module = self.patient.small.get_submodule(site.path)
-        if not self.patient.absorbs(site.path):
-            text = "nothing takes up the mean"
-            self.notes.append(Note("bures", site.path, None, None, accepted=False, text=text))
+        if why := self._objection(module, site.path):
+            self.notes.append(Note("bures", site.path, None, None, accepted=False, text=why))
             return
         sums = Paired(self.patient.width(site.path))
         for dense, small in pauses:
@@ -78,6 +78,11 @@ class _Carry:
         scale = float((cov_y.trace() + mean_y.square().sum()).clamp_min(1e-300))
         before = float(found.distance.square()) / scale
         self.notes.append(Note("bures", site.path, before, 0.0, accepted=True))
+
+    def _objection(self, module: nn.Module, path: str) -> str:
+        if isinstance(module, Conv) and module.groups > 1:
+            return "a grouped convolution cannot mix all its channels"
+        return "" if self.patient.absorbs(path) else "nothing takes up the mean"
 
     def _write(self, module: nn.Module, path: str, matrix: Tensor, shift: Tensor) -> None:
         """Multiply the map into the layer; its constant goes where the layer's own goes."""
