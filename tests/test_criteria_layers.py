@@ -347,13 +347,22 @@ def test_only_costs_in_the_unit_of_the_output_call_themselves_priced() -> None:
 def test_a_measured_price_is_a_share_of_what_the_removal_really_does() -> None:
     points = walk(2)
     evidence = chain(points)
-    plain = Transport(replace="identity", measured=False).prices(evidence)
+    plain = Transport(replace="identity", measured="none").prices(evidence)
     real = [5.0 * float(plain[0, 0]), float(plain[1, 1]) / 2]
     tried = replace(evidence, trial=lambda gone: real[min(gone)])
-    price = Transport(replace="identity", left=0.25).prices(tried)
+    price = Transport(replace="identity", measured="removal", left=0.25).prices(tried)
     assert float(price[0, 0]) == pytest.approx(0.25 * real[0])
     assert float(price[1, 1]) == pytest.approx(0.25 * float(plain[1, 1]))
     assert float(price[0, 1]) == pytest.approx(0.25 * 5 * float(plain[0, 1]))
+
+
+def test_a_price_is_what_a_quick_repair_leaves_and_spans_keep_their_proportion() -> None:
+    evidence = replace(chain(walk(3)), mended=lambda gone: 0.1 * (1 + min(gone)))
+    plain = Transport(replace="identity", measured="none").prices(evidence)
+    price = Transport(replace="identity").prices(evidence)
+    torch.testing.assert_close(price.diagonal(), vector(0.1, 0.2, 0.3))
+    share = 0.3 / float(plain[0, 0] + plain[1, 1])
+    assert float(price[0, 1]) == pytest.approx(share * float(plain[0, 1]))
 
 
 def test_the_price_follows_what_stands_in_unless_it_is_said() -> None:
@@ -368,7 +377,7 @@ def test_the_price_is_the_felt_error_as_a_share_of_the_output(how: str) -> None:
     points, v = walk(1), vector(1, 2, 3, 4, 5, 6)
     points[1] = points[0] + v
     evidence = chain(points, feel=torch.stack([v, vector(0, 0, 2, 0, 0, 1)]), power=4.0)
-    price = Transport(replace=how, measured=False).prices(evidence)  # type: ignore[arg-type]
+    price = Transport(replace=how, measured="none").prices(evidence)  # type: ignore[arg-type]
     expected = {"identity": (2 * 9 + 36) / 4, "scale": 0.0}[how]
     assert float(price) == pytest.approx(expected, abs=1e-12)
 
@@ -591,7 +600,7 @@ def test_swapped_rows_are_no_distance_but_a_price(kind: str) -> None:
     x = draw(48, 6)
     points = torch.stack([x, x.flip(0)])
     assert float(criterion(kind).rank(chain(points)).curve[0]) < 1e-6
-    plain = criterion("transport", replace="identity", measured=False)
+    plain = criterion("transport", replace="identity", measured="none")
     paired = plain.rank(chain(points)).curve[0]
     assert float(paired) == pytest.approx(float((x - x.flip(0)).square().sum(1).mean()))
 

@@ -170,13 +170,14 @@ def _costs(
     dense, small = models
     keep = graph.full() | plan.keep()
     removed = [graph.block(drop.block) for drop in plan.drops]
-    instead = stand_ins(plan, graph)
+    instead, widths = stand_ins(plan, graph), graph.widths(removed)
     found = {
         "params": Cost(before=count_params(dense), after=count_params(small)),
         "macs": Cost(before=count_macs(dense, batch), after=count_macs(small, batch)),
     }
     for name, cost in found.items():
-        promised = graph.costs[name].gated(removed, instead[name]).at(keep) + added[name]
+        model = graph.costs[name].gated(removed, instead[name], widths)
+        promised = model.at(keep) + added[name]
         if cost.after != promised:
             raise VerificationError(
                 f"{name} are {cost.after:,}; the plan predicted {promised:,}.",

@@ -12,9 +12,7 @@ from torch_otprune.attach.handle import LIVE, Attached
 from torch_otprune.errors import PolicyError, StructureError
 from torch_otprune.plan import check_lines
 from torch_otprune.policy import Layers, Linearize, Policy, Rule, match, module_classes, policy_of
-from torch_otprune.statistics import (
-    collect,
-)
+from torch_otprune.statistics import collect
 from torch_otprune.statistics.reduce import share
 from torch_otprune.structure import evaluating
 from torch_otprune.structure.forward import outside_inference, run_checked

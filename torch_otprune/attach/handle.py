@@ -5,19 +5,21 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_otprune.attach.ahead import ahead
 from torch_otprune.attach.needs import looks_at_channels, needs_of
 from torch_otprune.attach.pressures import pressures
 from torch_otprune.decide import decide
 from torch_otprune.errors import CalibrationError, PolicyError
 from torch_otprune.fold import linearized
 from torch_otprune.plan import Plan, owned_blocks, owned_sites
-from torch_otprune.policy import Channels, Policy, module_classes
+from torch_otprune.policy import Channels, Layers, Policy, module_classes
 from torch_otprune.policy.targets import selects
 from torch_otprune.statistics import (
     ChainEvidence,
@@ -61,7 +63,9 @@ class Attached:
         self.graph: Graph | None = None
         self.samples = 0
         self._recorder = Recorder(model, (), samples=1, rows_per_column=1, seed=0)
-        self._probes = Reservoir(policy.calibration.probe, policy.seed)
+        # half of them are held out where a rule's repair is tried
+        halves = 2 if any(isinstance(rule, Layers) for rule in policy.rules) else 1
+        self._probes = Reservoir(halves * policy.calibration.probe, policy.seed)
         self._example: Any = None
         self._batch: Any = None
         self._batches = 0
@@ -193,17 +197,25 @@ class Attached:
         """Look at what flows between the blocks that a rule may remove."""
         graph, probes, found = self._known(), self._probes.numbered(), dict[str, ChainEvidence]()
         model, seed, sites = self.model, self.policy.seed, "sites" in self._needs
-        for blocks in owned_blocks(model, self.policy, graph).values():
-            found |= listen(
-                model, graph, blocks, probes=probes, draws=DRAWS, seed=seed, sites=sites
-            )
+        for index, blocks in owned_blocks(model, self.policy, graph).items():
+            heard = listen(model, graph, blocks, probes=probes, draws=DRAWS, seed=seed, sites=sites)
+            found |= {name: self._ahead(chain, index) for name, chain in heard.items()}
         return found
+
+    def _ahead(self, chain: ChainEvidence, index: int) -> ChainEvidence:
+        """Add the means to try what the rule's repair leaves."""
+        rule, graph = self.policy.rules[index], self._known()
+        assert isinstance(rule, Layers)
+        blocks, probes = [graph.block(name) for name in chain.blocks], self._probes.batches()
+        seed = self.policy.seed
+        mended = ahead(self.model, graph, blocks, rule, batches=probes, seed=seed)
+        return replace(chain, mended=mended)
 
     def _streams(self, graph: Graph) -> dict[str, int]:
         """Quote what the rows of every run of removable blocks will take, in bytes."""
         found: dict[str, int] = {}
         for blocks in owned_blocks(self.model, self.policy, graph).values():
-            found |= streams_quote(self.model, graph, blocks, samples=self.policy.calibration.probe)
+            found |= streams_quote(self.model, graph, blocks, samples=self._probes.size)
         return found
 
     def _lines(self) -> dict[str, SiteEvidence]:

@@ -22,9 +22,8 @@ def needs_of(policy: Policy) -> frozenset[str]:
     needs |= {need for c in layers if isinstance(c, LayerCriterion) for need in c.needs}
     needs |= {"lines"} if any(isinstance(rule, Linearize) for rule in policy.rules) else set()
     for rule in (rule for rule in policy.rules if isinstance(rule, Channels)):
-        criterion = getattr(rule, "criterion", None)
-        needs |= criterion.needs if isinstance(criterion, Criterion) else set()
-        for repair in getattr(rule, "repair", ()):
+        needs |= rule.criterion.needs if isinstance(rule.criterion, Criterion) else set()
+        for repair in rule.repair:
             needs |= repair.needs if isinstance(repair, Repair) else set()
     if (
         looks_at_channels(policy)

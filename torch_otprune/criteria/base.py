@@ -114,5 +114,5 @@ def settle(values: Tensor) -> Tensor:
     scale = float(values.abs().max()) if values.numel() else 0.0
     if not scale:
         return values
-    step = 10.0 ** (torch.tensor(scale).log10().floor().item() - 9)
+    step = 10.0 ** (torch.tensor(scale, device="cpu").log10().floor().item() - 9)
     return (values / step).round() * step

@@ -28,4 +28,4 @@ class Random(ScoreCriterion):
         """Draw one uniform number per unit."""
         seed = evidence.seed ^ zlib.crc32(evidence.name.encode())
         generator = torch.Generator().manual_seed(seed)
-        return torch.rand(evidence.units, generator=generator, dtype=torch.float64)
+        return torch.rand(evidence.units, generator=generator, dtype=torch.float64, device="cpu")

@@ -82,8 +82,9 @@ def make_plan(
 
 def _costs(graph: Graph, offer: Offer) -> tuple[dict[str, CostModel], dict[str, int]]:
     """Add the blocks on offer to the costs, and a measure that counts them."""
+    instead, widths = offer.stand_ins, graph.widths(offer.blocks)
     costs = {
-        name: cost.gated(offer.blocks, {b: c.get(name, 0) for b, c in offer.stand_ins.items()})
+        name: cost.gated(offer.blocks, {b: c.get(name, 0) for b, c in instead.items()}, widths)
         for name, cost in graph.costs.items()
     }
     count = tuple(Term(b.name, 1, (Dim(0, ((b.name, 1),)),)) for b in offer.blocks)
@@ -117,7 +118,10 @@ def _wants_all(policy: Policy, rule: int) -> bool:
 def _whole(graph: Graph, offered: set[str]) -> list[Choice]:
     """Keep every group that is not on offer as it is; the costs depend on it all the same."""
     rest = [g for g in graph.groups if g.name not in offered]
-    return [Choice(g.name, torch.zeros(g.units + 1, dtype=torch.float64), (g.units,)) for g in rest]
+    return [
+        Choice(g.name, torch.zeros(g.units + 1, dtype=torch.float64, device="cpu"), (g.units,))
+        for g in rest
+    ]
 
 
 def _offers(case: Case) -> Offer:

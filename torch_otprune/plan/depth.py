@@ -112,8 +112,8 @@ def reached(
 ) -> list[Block]:
     """List the blocks that a rule means.
 
-    Targets stand for the layers at or below them. Where they reach none, they stand for the
-    outermost of the finer blocks that they name, such as the halves of a transformer layer.
+    A target stands for the layers at or below it. Where it reaches none, it stands for the
+    outermost of the finer blocks that it names, such as the halves of a transformer layer.
 
     Args:
         blocks: all that can go.
@@ -122,13 +122,16 @@ def reached(
         ignore: patterns that no rule may reach.
 
     Returns:
-        blocks in order of execution, none of them inside another.
+        blocks in order of execution, of one target none inside another.
     """
-    hit = [b for b in blocks if owner([rule], b.name, classes, ignore=ignore) is not None]
-    layers = [b for b in hit if b.level == "layer"]
-    if layers:
-        return layers
-    return [b for b in hit if not any(o is not b and o.holds(b.name) for o in hit)]
+    meant: set[str] = set()
+    for target in rule.targets:
+        alone = rule.model_copy(update={"targets": (target,)})
+        hit = [b for b in blocks if owner([alone], b.name, classes, ignore=ignore) is not None]
+        layers = [b for b in hit if b.level == "layer"]
+        outermost = (b for b in hit if not any(o is not b and o.holds(b.name) for o in hit))
+        meant |= {b.name for b in layers or outermost}
+    return [b for b in blocks if b.name in meant]
 
 
 def _offered(
@@ -266,7 +269,7 @@ def _candidate(
 ) -> Candidate:
     criterion, standing = rule.criterion, _standing(rule)
     assert isinstance(criterion, LayerCriterion)
-    curve = torch.tensor([price, 0.0], dtype=torch.float64)
+    curve = torch.tensor([price, 0.0], dtype=torch.float64, device="cpu")
 
     def decide(size: int) -> Drop:
         lost = felt(curve, size) if criterion.priced else float(f"{price:.3e}")

@@ -86,7 +86,7 @@ def fill(problem: Problem, start: State) -> State:
             return 0.0, group, top
         price = _weigh(deltas[:, steps], position, over=False)
         with np.errstate(divide="ignore", invalid="ignore"):
-            rate = np.where(gain > 0, gain / price, 0.0)
+            rate = np.where(gain > 0, np.where(price > 0, gain / price, np.inf), 0.0)
         pick = int(rate.argmax())
         return -float(rate[pick]), group, int(steps[pick])
 
@@ -114,8 +114,9 @@ def _weigh(costs: Ints, position: Position, *, over: bool) -> Floats:
 
 def _widest(deltas: Ints, slack: Sequence[int]) -> int:
     """Find the widest width whose cost fits every slack; -1 if none does."""
-    fits = (int(row.searchsorted(s, side="right")) for row, s in zip(deltas, slack, strict=True))
-    return min(fits, default=deltas.shape[1]) - 1
+    # No search: a block may cost less than what would stand in for it, then costs fall.
+    (fits,) = (deltas <= np.array(slack, dtype=np.int64)[:, None]).all(axis=0).nonzero()
+    return int(fits[-1]) if len(fits) else -1
 
 
 def _descend(position: Position, best: _Best, *, until_fit: bool) -> None:
@@ -175,7 +176,7 @@ def _best_swap(
             continue
         tops = _tops(position, deltas, giver, steps, taker)
         change = losses[giver][steps] - losses[giver][here] + losses[taker][tops]
-        change = change - losses[taker][position.index[taker]]
+        change = np.where(tops < 0, np.inf, change - losses[taker][position.index[taker]])
         pick = int(change.argmin())
         if change[pick] < best:
             best, found = float(change[pick]), ((giver, int(steps[pick])), (taker, int(tops[pick])))
@@ -185,7 +186,8 @@ def _best_swap(
 def _tops(position: Position, deltas: Sequence[Ints], giver: int, steps: Ints, taker: int) -> Ints:
     """Find how wide the taker can be for each step of the giver; exact for products too."""
     slack = np.array(position.slack)[:, None] - deltas[giver][:, steps]
-    if taker not in position.problem.neighbours[giver]:
+    alone = taker not in position.problem.neighbours[giver]
+    if alone and bool((np.diff(deltas[taker]) >= 0).all()):
         rows = zip(deltas[taker], slack, strict=True)
         fits: Ints = np.min([row.searchsorted(s, side="right") for row, s in rows], axis=0)
         return fits - 1

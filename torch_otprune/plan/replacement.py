@@ -34,7 +34,8 @@ class Replacement(Setting, ABC):
         if self.stand_in is None or block.kind == "branch":
             return block.swaps
         first, *others = block.swaps
-        return (replace(first, by=self.stand_in, rank=self.rank_for(block)), *others)
+        rank = self.rank_for(block)
+        return (replace(first, by=self.stand_in, rank=rank, like=block.like), *others)
 
     def costs(self, block: Block) -> dict[str, int]:
         """Count what stands in for a block costs.
@@ -43,7 +44,7 @@ class Replacement(Setting, ABC):
             block: what goes.
 
         Returns:
-            `params`, and `macs` per sample.
+            `params`, and `macs` per sample, at the dense width; both grow with the channels.
         """
         if self.stand_in is None or block.kind == "branch":
             return {}

@@ -22,11 +22,11 @@ def slices(group: Group, keep: Int[Tensor, " kept"]) -> tuple[Slice, ...]:
     Returns:
         one slice per member; channels of a module that belong to no unit of this group stay.
     """
-    gone = torch.ones(group.units, dtype=torch.bool)
+    gone = torch.ones(group.units, dtype=torch.bool, device="cpu")
     gone[keep] = False
     found = []
     for member in group.members:
-        stay = torch.ones(member.size, dtype=torch.bool)
+        stay = torch.ones(member.size, dtype=torch.bool, device="cpu")
         stay[member.index[gone].flatten()] = False
         kept = tuple(stay.nonzero().flatten().tolist())
         found.append(Slice(path=member.path, side=member.side, size=member.size, keep=kept))

@@ -163,7 +163,9 @@ def interval(values: Tensor, *, seed: int = 0) -> Interval:
     Limits: takes measurements for independent; with three of them it is their range.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(values), (_RESAMPLES, len(values)), generator=generator)
+    chosen = torch.randint(
+        len(values), (_RESAMPLES, len(values)), generator=generator, device="cpu"
+    )
     medians = values.cpu()[chosen].quantile(0.5, dim=1)
     low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=medians.dtype)).tolist()
     return Interval(median=values.quantile(0.5).item(), low=low, high=high)

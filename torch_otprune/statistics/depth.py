@@ -73,6 +73,8 @@ class ChainEvidence:
         trial: removes the blocks of these numbers from the real network and measures the squared
             change of its output, as a share of its power; slow.
         seed: the policy's seed.
+        mended: the same as `trial`, after a quick run of the rule's own repair on other samples;
+            slower still; None where it was not offered.
     """
 
     name: str
@@ -87,6 +89,7 @@ class ChainEvidence:
     weights: Float[Tensor, " blocks"]
     trial: Callable[[Collection[int]], float]
     seed: int
+    mended: Callable[[Collection[int]], float] | None = None
 
     def part(self, names: Sequence[str]) -> ChainEvidence:
         """Look at some blocks that follow one another.
@@ -100,7 +103,7 @@ class ChainEvidence:
         first, stop = self.blocks.index(names[0]), self.blocks.index(names[-1]) + 1
         if (first, stop) == (0, len(self.blocks)):
             return self
-        whole = self.trial
+        whole, mended = self.trial, self.mended
         return replace(
             self,
             name=names[0],
@@ -111,4 +114,7 @@ class ChainEvidence:
             sites=self.sites[first:stop],
             weights=self.weights[first:stop],
             trial=lambda gone: whole([number + first for number in gone]),
+            mended=None
+            if mended is None
+            else lambda gone: mended([number + first for number in gone]),
         )

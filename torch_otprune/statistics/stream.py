@@ -171,6 +171,7 @@ class _Chain:
         self.power += torch.tensor(
             [batch_size(piece), sum(float(t.detach().double().square().sum()) for t in outputs)],
             dtype=torch.float64,
+            device="cpu",
         )
         self._take(piece, pairs, taps.fed)
         self._feel(outputs, pairs)
@@ -285,11 +286,11 @@ class _Trial:
                 self.dense = [self._outputs(batch) for batch in self.batches]
             with muted(self.model, swaps):
                 now = [self._outputs(batch) for batch in self.batches]
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = _zeros(2)
         for before, after in zip(self.dense, now, strict=True):
             for a, b in zip(before, after, strict=True):
                 sums += torch.tensor(
-                    [(a - b).square().sum(), a.square().sum()], dtype=torch.float64
+                    [(a - b).square().sum(), a.square().sum()], dtype=torch.float64, device="cpu"
                 )
         all_sum_([sums])
         return float(sums[0] / sums[1].clamp_min(1e-300))

@@ -259,7 +259,7 @@ class _Search:
             return []
         axis = self._axis(branch.stream, end)
         size = written.shape[axis]
-        zero = Swap(end.path, "zero", wiring, size, axis)
+        zero = Swap(end.path, "zero", wiring, size, axis, like=self._linear(branch.end) or "")
         skips = self._skips(branch, end)
         self.ends[end.path] = branch.stream, self.notes.ops[branch.number].writes[0]
         channels = self.notes.shapes[branch.stream][axis]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
@@ -103,6 +103,8 @@ class Swap:
         size: channels of what it writes.
         axis: where they are.
         rank: of a `low_rank` map.
+        like: a linear layer that writes as many channels, also once some of them are cut; empty
+            where none is known.
     """
 
     path: str
@@ -111,6 +113,7 @@ class Swap:
     size: int = 0
     axis: int = 1
     rank: int = 0
+    like: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,11 @@ class Block:
     front: str | None = None
     writer: str | None = None
     joint: tuple[int, int] | None = None
+
+    @property
+    def like(self) -> str:
+        """Name a linear layer that writes to the stream, and so has its width; empty without."""
+        return self.writer or self.front or ""
 
     def holds(self, path: str) -> bool:
         """Tell whether a module goes with the block."""
@@ -234,6 +242,7 @@ class Term:
 
 
 _NOTHING: Mapping[str, int] = MappingProxyType({})
+_NO_WIDTHS: Mapping[str, Dim] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -262,12 +271,19 @@ class CostModel:
         """
         return sum(term.at(keep) for term in self.terms)
 
-    def gated(self, blocks: Iterable[Block], stand_ins: Mapping[str, int] = _NOTHING) -> CostModel:
+    def gated(
+        self,
+        blocks: Sequence[Block],
+        stand_ins: Mapping[str, int] = _NOTHING,
+        widths: Mapping[str, Dim] = _NO_WIDTHS,
+    ) -> CostModel:
         """Make what blocks cost depend on whether they stay: a width of one or none.
 
         Args:
             blocks: what may go.
-            stand_ins: block to the cost of what stands in for it once it is gone.
+            stand_ins: block to the cost, at the dense width, of what stands in for it once it is
+                gone; it grows with the channels of the stream.
+            widths: block to these channels, where some may be cut.
 
         Returns:
             the same cost with a further axis, named after the block, in each of its terms.
@@ -277,7 +293,15 @@ class CostModel:
             replace(t, dims=(*(gate for b, gate in gates if b.holds(t.owner)), *t.dims))
             for t in self.terms
         )
-        instead = (Term(n, c, (Dim(1, ((n, -1),)),)) for n, c in stand_ins.items() if c)
+        instead = (
+            Term(
+                b.name,
+                stand_ins[b.name] // b.channels,
+                (Dim(1, ((b.name, -1),)), widths.get(b.name, Dim(b.channels))),
+            )
+            for b in blocks
+            if stand_ins.get(b.name)
+        )
         return CostModel(self.measure, (*terms, *instead))
 
 
@@ -316,6 +340,27 @@ class Graph:
     def block(self, name: str) -> Block:
         """Look a block up by its name."""
         return next(block for block in self.blocks if block.name == name)
+
+    def widths(self, blocks: Iterable[Block]) -> dict[str, Dim]:
+        """Write the channels of each block's stream as what the groups keep of them.
+
+        Args:
+            blocks: some of the blocks.
+
+        Returns:
+            block to the axis.
+        """
+        return {block.name: self._width(block.like, block.channels) for block in blocks}
+
+    def _width(self, path: str, size: int) -> Dim:
+        each = [
+            (group, member.index.shape[1])
+            for group in self.groups
+            for member in group.members
+            if member.path == path and member.side != "in"
+        ]
+        fixed = size - sum(width * group.units for group, width in each)
+        return Dim(fixed, tuple((group.name, width) for group, width in each))
 
     def full(self) -> dict[str, int]:
         """Count all units of every group: the dense widths."""

@@ -78,7 +78,11 @@ def check_slices(graph: Graph, plan: Plan) -> None:
     for cut in plan.cuts:
         group = groups.get(cut.group)
         fits = group is not None and max(cut.keep) < group.units == cut.units
-        if group is None or not fits or slices(group, torch.tensor(cut.keep)) != cut.slices:
+        if (
+            group is None
+            or not fits
+            or slices(group, torch.tensor(cut.keep, device="cpu")) != cut.slices
+        ):
             raise PlanError(
                 f"the cut of group '{cut.group}' does not fit the model.",
                 where="Plan.cuts" if group else f"Plan.cuts; groups: {', '.join(groups)}",

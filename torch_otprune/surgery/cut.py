@@ -98,7 +98,7 @@ def _bare_size(parameter: Tensor | None) -> int | None:
 
 def _slice_(model: nn.Module, piece: Slice) -> None:
     owner, _, name = piece.path.rpartition(".")
-    keep = torch.tensor(piece.keep)
+    keep = torch.tensor(piece.keep, device="cpu")
     try:
         module = model.get_submodule(piece.path)
     except AttributeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch_otprune.errors import PlanError
 from torch_otprune.nn import ChannelScale, LowRank, Skip, Zero
 from torch_otprune.plan.model import Drop
 from torch_otprune.structure.graph import Swap
+from torch_otprune.structure.layers import channels
 from torch_otprune.surgery.standin import stand_in_
 
 __all__ = ["check_drops", "exchange_", "gone"]
@@ -27,13 +29,21 @@ def exchange_(model: nn.Module, drops: Sequence[Drop]) -> None:
         PlanError: if a module is missing; nothing is written then.
     """
     check_drops(model, drops)
-    for swap in (swap for drop in drops for swap in drop.swaps):
+    swaps = [_fitting(model, swap) for drop in drops for swap in drop.swaps]
+    for swap in swaps:
         old = model.get_submodule(swap.path)
-        new = _stand_in(swap).train(old.training)
+        with torch.device("cpu"):  # whatever the user's default device is
+            new = _stand_in(swap).train(old.training)
         first = next(old.parameters(), None)
         if first is not None and first.is_floating_point():
             new.to(device=first.device, dtype=first.dtype)
         stand_in_(model, swap.path, new)
+
+
+def _fitting(model: nn.Module, swap: Swap) -> Swap:
+    """Give a stand-in the width that cuts have left to the stream."""
+    width = channels(model.get_submodule(swap.like), "out") if swap.like else None
+    return swap if width is None else replace(swap, size=width)
 
 
 def _stand_in(swap: Swap) -> nn.Module:
@@ -59,7 +69,7 @@ def check_drops(model: nn.Module, drops: Iterable[Drop]) -> None:
     """
     names = {name for name, _ in model.named_modules()}
     for swap in (swap for drop in drops for swap in drop.swaps):
-        if swap.path not in names:
+        if swap.path not in names or (swap.like and swap.like not in names):
             raise PlanError(
                 "the plan removes a module that the model has not.",
                 where=f"'{swap.path}'",

@@ -41,7 +41,7 @@ def directions(dims: int, count: int, *, seed: int = 0) -> Float[Tensor, "dims c
     groups = []
     for start in range(0, count, dims):
         size = min(dims, count - start)
-        draw = torch.randn(dims, size, generator=generator, dtype=torch.float64)
+        draw = torch.randn(dims, size, generator=generator, dtype=torch.float64, device="cpu")
         frame, upper = torch.linalg.qr(draw)
         # The sign of a QR column is up to the library: tie it to the draw.
         groups.append(frame * upper.diagonal().sign())

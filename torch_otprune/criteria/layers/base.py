@@ -119,7 +119,7 @@ class SiteCriterion(ScoreLayerCriterion, ABC):
                     fix="use criterion 'transport', or target whole layers.",
                 )
         means = [sum(map(self.site, sites)) / len(sites) for sites in evidence.sites]
-        return torch.tensor(means, dtype=torch.float64)
+        return torch.tensor(means, dtype=torch.float64, device="cpu")
 
 
 def checked(score: Tensor, name: str) -> Tensor:

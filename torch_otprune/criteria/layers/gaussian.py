@@ -41,4 +41,4 @@ class Gaussian(ScoreLayerCriterion):
             # Equal clouds would show the root of a rounding error.
             distance = 0.0 if torch.equal(x, y) else float(gaussian_points(x, y).distance)
             found.append(relative(distance, spread, evidence, block))
-        return torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(found, dtype=torch.float64, device="cpu")

@@ -41,7 +41,7 @@ class LaCoOT(ScoreLayerCriterion):
         for block, x, y in zip(evidence.blocks, points[:-1], points[1:], strict=True):
             seed = evidence.seed ^ zlib.crc32(block.encode())
             generator = torch.Generator().manual_seed(seed)
-            draw = torch.randn(x.shape[1], self.directions, generator=generator)
+            draw = torch.randn(x.shape[1], self.directions, generator=generator, device="cpu")
             theta = (draw / draw.norm(dim=0)).to(x)
             found.append(wasserstein_1d(x @ theta, y @ theta, p=2.0).max())
         return torch.stack(found)

@@ -54,7 +54,7 @@ class LossDelta(LayerCriterion):
 
 def _tried(evidence: ChainEvidence, gone: Sequence[int], left: Sequence[int]) -> Tensor:
     """Remove each block that is left beside those that are gone; 0 for the latter."""
-    cost = torch.zeros(len(evidence.blocks), dtype=torch.float64)
+    cost = torch.zeros(len(evidence.blocks), dtype=torch.float64, device="cpu")
     for block in left:
         cost[block] = evidence.trial(sorted([*gone, block]))
     return checked(cost, evidence.name)

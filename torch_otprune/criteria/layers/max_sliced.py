@@ -47,7 +47,7 @@ class MaxSliced(ScoreLayerCriterion):
         """Measure every block's input against its output."""
         points = stream(evidence)
         found = [self._block(evidence, b) for b in range(len(points) - 1)]
-        return torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
 
     def _block(self, evidence: ChainEvidence, block: int) -> float:
         x, y = evidence.points[block], evidence.points[block + 1]
@@ -87,7 +87,9 @@ def _main_directions(
     """Find the main directions of a cloud by subspace iterations; orthonormal."""
     generator = torch.Generator().manual_seed(0)
     count = min(count, x.shape[1])
-    start = torch.randn(x.shape[1], count, generator=generator, dtype=torch.float64).to(x)
+    start = torch.randn(
+        x.shape[1], count, generator=generator, dtype=torch.float64, device="cpu"
+    ).to(x)
     basis: Tensor = torch.linalg.qr(start)[0]
     x = centred(x)
     for _ in range(6):

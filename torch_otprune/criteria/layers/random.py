@@ -31,5 +31,5 @@ class Random(ScoreLayerCriterion):
         for block in evidence.blocks:
             seed = evidence.seed ^ zlib.crc32(block.encode())
             generator = torch.Generator().manual_seed(seed)
-            draws.append(torch.rand((), generator=generator, dtype=torch.float64))
+            draws.append(torch.rand((), generator=generator, dtype=torch.float64, device="cpu"))
         return torch.stack(draws)

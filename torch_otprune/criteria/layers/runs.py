@@ -72,8 +72,8 @@ def nested(gone: Sequence[int], spent: Sequence[float]) -> Ranking:
     Returns:
         the ranking; its curve never falls as blocks go.
     """
-    costs = torch.tensor([0.0, *spent], dtype=torch.float64)
-    return Ranking(torch.tensor(list(gone)[::-1]), costs.cummax(0).values.flip(0))
+    costs = torch.tensor([0.0, *spent], dtype=torch.float64, device="cpu")
+    return Ranking(torch.tensor(list(gone)[::-1], device="cpu"), costs.cummax(0).values.flip(0))
 
 
 def greedy(price: Float[Tensor, "blocks blocks"]) -> Ranking:
@@ -126,4 +126,4 @@ def best_set(price: Float[Tensor, "blocks blocks"], size: int) -> Int[Tensor, " 
         run = best[k][size - len(gone)][1]
         gone += range(k - run, k)
         k -= run + 1
-    return torch.tensor(sorted(gone), dtype=torch.int64)
+    return torch.tensor(sorted(gone), dtype=torch.int64, device="cpu")

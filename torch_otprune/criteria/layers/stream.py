@@ -84,7 +84,7 @@ def folds_of(evidence: ChainEvidence, count: int) -> Int[Tensor, " rows"]:
         )
     # By chance, as data sets come sorted or periodic.
     generator = torch.Generator().manual_seed(evidence.seed)
-    deal = torch.randperm(len(names), generator=generator).to(place.device)
+    deal = torch.randperm(len(names), generator=generator, device="cpu").to(place.device)
     return deal[place] % min(count, len(names))
 
 

@@ -36,18 +36,18 @@ class Transport(LayerCriterion):
     its contiguous runs. Blocks go one by one, each time the one that adds least; `refine` finds
     the best set of the chosen size by dynamic programming.
 
-    What the output feels is taken to first order. A large move does more than that, so prices are
-    raised by what taking each block out alone really does to the output, beside its price. The
-    repair of the layers that stay wins much of that back, more than it does for channels: `left`
-    brings both to one unit (0.31 to 0.39 on a CIFAR ResNet-20 and a sentence encoder).
+    What the output feels is taken to first order, and what the repair of the layers that stay
+    wins back is not in these prices. So each block is taken out once, the rest mended quickly on
+    half of the probes, and its price set to what is left of the output on the other half; spans
+    keep the proportion of their prices. That is also the unit of the prices of channels.
 
-    Limits: the raise is that of single blocks; long runs may do more still. Runs are priced
-    apart, on the dense network's stream: an error made early also moves what later maps read.
-    Where a rectifier follows the addition, the layer in front can take the map up only where the
-    rectifier is on. A run beyond `longest_span` is priced as spans in a row, although only
-    the first of them has a layer to fold into. The curve never falls as blocks go, even where two
-    blocks undo each other: then `refine` finds the pair, and the curve is too high. The ridge is
-    the best of four on the rows that price it, which flatters the price a little.
+    Limits: only single blocks are tried; long runs may do more. Runs are priced apart, on the
+    dense network's stream: an error made early also moves what later maps read. Where a rectifier
+    follows the addition, the layer in front can take the map up only where the rectifier is on.
+    A run beyond `longest_span` is priced as spans in a row, although only the first of them has
+    a layer to fold into. The curve never falls as blocks go, even where two blocks undo each
+    other: then `refine` finds the pair, and the curve is too high. The ridge is the best of four
+    on the rows that price it, which flatters the price a little.
 
     Source: ours; fitting the layer in front as in ReplaceMe (Shopkhoev et al. 2025), with an
     intercept, and weighted by what the output feels.
@@ -62,14 +62,15 @@ class Transport(LayerCriterion):
     )
     longest_span: int = Field(default=8, ge=1, description="most blocks under one map")
     folds: int = Field(default=4, ge=2, description="parts of the samples, held out in turn")
-    measured: bool = Field(
-        default=True,
-        description="raise prices to what taking a block out really does; one run per block",
+    measured: Literal["repair", "removal", "none"] = Field(
+        default="repair",
+        description="bring prices to what taking a block out alone really does, measured on the "
+        "probes: after a quick run of the rule's repair, without repair, or not at all",
     )
     left: float = Field(
         default=0.4,
         gt=0,
-        description="share of a measured price that is left once the layers that stay are mended",
+        description="share of a price measured by removal that the repair leaves",
     )
 
     def following(self, replacement: str) -> LayerCriterion:
@@ -85,7 +86,7 @@ class Transport(LayerCriterion):
     def refine(self, evidence: ChainEvidence, keep: Int[Tensor, " kept"]) -> Int[Tensor, " kept"]:
         """Find the best set of the same size."""
         price = self.prices(evidence)
-        stays = torch.ones(len(price), dtype=torch.bool)
+        stays = torch.ones(len(price), dtype=torch.bool, device="cpu")
         stays[best_set(price, len(price) - len(keep))] = False
         return stays.nonzero()[:, 0]
 
@@ -105,12 +106,33 @@ class Transport(LayerCriterion):
             longest=self.longest_span,
             folds=self.folds,
         )
-        if self.measured:
+        if self.measured == "repair" and evidence.mended is not None:
+            span = span * self._mended(evidence, span.diagonal())
+        elif self.measured != "none":
             span = span * self._shortfall(evidence)
         price = priced_runs(span)
         above = torch.ones_like(price, dtype=torch.bool).triu()
         price[above] = settle(price[above])
         return price
+
+    def _mended(
+        self, evidence: ChainEvidence, single: Float[Tensor, " blocks"]
+    ) -> Float[Tensor, "blocks blocks"]:
+        """Compare what is left of the output after a repair with the price of each block alone.
+
+        Args:
+            evidence: what is known about the chain.
+            single: prices of single blocks.
+
+        Returns:
+            factors, at [i, j] for blocks i to j: their measured sum over the sum of their prices.
+        """
+        assert evidence.mended is not None
+        left = single.new_tensor([evidence.mended([b]) for b in range(len(single))])
+        sums = [torch.cat([v.new_zeros(1), v.cumsum(0)]) for v in (left, single)]
+        real, priced = (total[1:] - total[:-1, None] for total in sums)
+        known = (priced > 0) & torch.ones_like(priced, dtype=torch.bool).triu()
+        return torch.where(known, real / priced.clamp_min(1e-300), 1.0)
 
     def _shortfall(self, evidence: ChainEvidence) -> Float[Tensor, "blocks blocks"]:
         """Measure how much more removing a block does than its first-order price says.

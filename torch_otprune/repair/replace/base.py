@@ -84,10 +84,13 @@ def paired(patient: Patient, drop: Drop) -> Paired:
         drop: the block.
 
     Returns:
-        sums over all batches and ranks; positions are sub-sampled, padding does not count.
+        sums over all batches and ranks, of the channels that are left; positions are sub-sampled,
+        padding does not count.
     """
     block = patient.graph.block(drop.block)
-    sums, samples = Paired(block.channels), sum(map(batch_size, patient.batches))
+    kept = patient.kept(block.like)
+    kept = torch.arange(block.channels, device="cpu") if kept is None else kept
+    sums, samples = Paired(len(kept)), sum(map(batch_size, patient.batches))
     with evaluating(patient.dense), torch.no_grad():
         for batch in patient.batches:
             with Taps(patient.dense, [block], ()) as taps:
@@ -96,7 +99,7 @@ def paired(patient: Patient, drop: Drop) -> Paired:
             wanted = ceil(_ROWS / max(samples, 1))
             at = pick(x.shape[1], wanted, block.name, patient.seed)
             told = real(batch, *x.shape[:2])[:, at]
-            sums.add(x[:, at][told], y[:, at][told])
+            sums.add(*(t[:, at][told][:, kept] for t in (x, y)))
     all_sum_([sums.count, sums.first, sums.product])
     return sums
 

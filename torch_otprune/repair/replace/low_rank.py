@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -48,6 +49,8 @@ class LowRank(Fitted):
                 continue
             mean_x, mean_y, cov_x, cov_y, cross = paired(patient, drop).moments()
             up, down = reduced_rank(cov_x, cross - cov_x, module.rank)
+            spare = module.rank - len(down)  # a cut stream may have fewer channels than that
+            up, down = F.pad(up, (0, spare)), F.pad(down, (0, 0, 0, spare))
             put_(module, "up", up)
             put_(module, "down", down)
             put_(module, "bias", mean_y - mean_x - up @ (down @ mean_x))
