@@ -287,3 +287,38 @@ def test_a_penalty_without_an_example_is_refused() -> None:
     rule = otp.Layers(drop=1, penalty="max_sliced")
     with pytest.raises(otp.OTPruneError, match="needs an example to find its blocks"):
         otp.attach(build("list"), otp.Policy(rules=[rule]))
+
+
+class Attending(nn.Module):
+    """A pre-norm layer around torch's own attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.att = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm1(x)
+        x = x + self.att(y, y, y)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+def test_a_half_without_linear_layers_of_its_own_is_made_up_for() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), *(Attending() for _ in range(3)), nn.Linear(8, 3)).eval()
+    x = list(torch.randn(48, 4, 5).split(16))
+    rule = otp.Layers(targets=["1.att", "2.att", "3.att"], drop=1)
+    report = otp.prune_(model, otp.Policy(rules=[rule]), x, timing=0)
+    assert report.repairs
+    assert report.output_error.after_repair < report.output_error.before_repair
+
+
+def test_a_model_that_does_not_run_with_placeholders_loses_a_layer_all_the_same() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    model = nn.Sequential(nn.Linear(5, 8), encoder, nn.Linear(8, 3)).eval()
+    x = list(torch.randn(48, 4, 5).split(16))
+    otp.prune_(model, otp.Policy(rules=[otp.Layers(drop=1)]), x, timing=0)
+    assert len(encoder.layers) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any
 
 import torch
@@ -61,11 +62,15 @@ class Ahead:
             gone: numbers of the blocks that go.
 
         Returns:
-            squared change of the output as a share of its power, on held-out samples.
+            squared change of the output as a share of its power, on held-out samples; NaN where
+            the model does not run without them while their places are still held.
         """
         key = tuple(sorted(gone))
         if key not in self.known:
-            self.known[key] = self._tried(key)
+            try:
+                self.known[key] = self._tried(key)
+            except Exception:  # noqa: BLE001  forward is the user's: it may raise anything
+                self.known[key] = nan
         return self.known[key]
 
     def _tried(self, gone: tuple[int, ...]) -> float:

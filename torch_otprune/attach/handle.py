@@ -206,7 +206,7 @@ class Attached:
         """Add the means to try what the rule's repair leaves."""
         rule, graph = self.policy.rules[index], self._known()
         assert isinstance(rule, Layers)
-        blocks, probes = [graph.block(name) for name in chain.blocks], self._probes.batches()
+        blocks, probes = [graph.block(name) for name in chain.blocks], self._probes.everywhere()
         seed = self.policy.seed
         mended = ahead(self.model, graph, blocks, rule, batches=probes, seed=seed)
         return replace(chain, mended=mended)

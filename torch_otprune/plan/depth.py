@@ -203,7 +203,7 @@ def _candidates(case: Case, index: int, rule: Layers, blocks: Sequence[Block]) -
     chains = [case.observation.chain([b.name for b in run]) for run in runs(blocks)]
     ranked = [_Ranked(evidence, criterion.rank(evidence)) for evidence in chains]
     prices = {name: price for found in ranked for name, price in found.steps().items()}
-    widths = _settled(case, index, rule, ranked)
+    widths = _settled(case, index, rule, prices)
     return [
         _candidate(index, rule, block, prices[block.name], widths.get(block.name, (0, 1)))
         for block in blocks
@@ -211,24 +211,15 @@ def _candidates(case: Case, index: int, rule: Layers, blocks: Sequence[Block]) -
 
 
 def _settled(
-    case: Case, index: int, rule: Layers, ranked: Sequence[_Ranked]
+    case: Case, index: int, rule: Layers, prices: Mapping[str, float]
 ) -> dict[str, tuple[int, ...]]:
     """Carry out what a rule's own `drop` or `keep` says, cheapest first."""
-    assert isinstance(rule.criterion, LayerCriterion)
-    criterion = rule.criterion.following(_standing(rule).kind)
-    prices = {name: price for found in ranked for name, price in found.steps().items()}
     count = rule.dropped(len(prices))
     if count is None:
         return {}
     _check_count(case, index, rule, going=count, reached=len(prices))
-    going = set(sorted(prices, key=lambda name: (prices[name], name))[:count])
-    stay: set[str] = set()
-    for found in ranked:
-        names = found.evidence.blocks
-        kept = sum(name not in going for name in names)
-        best = criterion.refine(found.evidence, found.ranking.order[:kept])
-        stay |= {names[block] for block in best.tolist()}
-    return {name: (1,) if name in stay else (0,) for name in prices}
+    order = sorted(prices, key=lambda name: (prices[name], name))
+    return {name: (0,) if place < count else (1,) for place, name in enumerate(order)}
 
 
 def _check_count(case: Case, index: int, rule: Layers, *, going: int, reached: int) -> None:

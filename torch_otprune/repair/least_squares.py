@@ -114,6 +114,8 @@ def _behind(patient: Patient, order: Sequence[str]) -> set[str]:
     found = set()
     for drop in patient.drops:
         inside = [i for i, path in enumerate(every) if gone([drop], path)]
+        if not inside:  # its layers are of a kind that is not listed, such as an attention's own
+            found |= set(order[:1])
         found |= set([p for p in every[max(inside, default=len(every)) :] if p in order][:1])
     return found
 

@@ -6,12 +6,22 @@ The only door to `torch.distributed`. Every function here is called by all ranks
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_rows", "all_sum_", "first_rank_", "rank", "ranks", "ranks_where", "share"]
+__all__ = [
+    "all_objects",
+    "all_rows",
+    "all_sum_",
+    "first_rank_",
+    "rank",
+    "ranks",
+    "ranks_where",
+    "share",
+]
 
 
 def ranks() -> int:
@@ -55,6 +65,21 @@ def all_sum_(tensors: Iterable[Tensor]) -> None:
             there = _carried(tensor)
             dist.all_reduce(there)
             _write_(tensor, there)
+
+
+def all_objects(value: Any) -> list[Any]:
+    """Collect one object of every rank.
+
+    Args:
+        value: this rank's; it must pickle.
+
+    Returns:
+        the first rank's first, the same on every rank.
+    """
+    found: list[Any] = [value] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(found, value)
+    return found
 
 
 def all_rows(tensor: Tensor) -> Tensor:

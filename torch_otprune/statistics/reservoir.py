@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from torch_otprune.statistics.reduce import all_sum_, rank, ranks
-from torch_otprune.structure.forward import batch_size, joined, make, map_tensors
+from torch_otprune.statistics.reduce import all_objects, all_sum_, rank, ranks
+from torch_otprune.structure.forward import batch_size, flat_tensors, joined, make, map_tensors
 
 __all__ = ["Reservoir"]
 
@@ -71,6 +71,25 @@ class Reservoir:
         return [
             ([number for number, _ in group], joined([sample for _, sample in group]))
             for group in groups.values()
+        ]
+
+    def everywhere(self) -> list[Any]:
+        """Hand out what all ranks keep, in the order of the stream.
+
+        Returns:
+            batches, the same on every rank, on the devices of this rank's own samples.
+        """
+        limit = self._limit()
+        mine = [entry for entry in self.kept if entry[0] <= limit]
+        here = {t.device for _, _, sample in mine for t in flat_tensors(sample)}
+        every = sorted((e for es in all_objects(mine) for e in es), key=lambda entry: entry[1])
+        groups: dict[Any, list[Any]] = {}
+        for _, _, sample in every:
+            groups.setdefault(make(sample), []).append(sample)
+        place = here.pop() if len(here) == 1 else None
+        found = [joined(samples) for samples in groups.values()]
+        return [
+            map_tensors(batch, lambda t: t if place is None else t.to(place)) for batch in found
         ]
 
     def _limit(self) -> float:

@@ -129,6 +129,8 @@ class Transport(LayerCriterion):
         """
         assert evidence.mended is not None
         left = single.new_tensor([evidence.mended([b]) for b in range(len(single))])
+        if not bool(left.isfinite().all()):  # it cannot be tried on every block
+            return self._shortfall(evidence)
         sums = [torch.cat([v.new_zeros(1), v.cumsum(0)]) for v in (left, single)]
         real, priced = (total[1:] - total[:-1, None] for total in sums)
         known = (priced > 0) & torch.ones_like(priced, dtype=torch.bool).triu()
