@@ -134,16 +134,13 @@ def ours(model: nn.Module, spec: Spec, inputs: Tensor, *, removed: int, seed: in
     replace, *repairs = spec.repair.split("+")
     rule = otp.Layers(
         targets=tuple(depth_baselines.removable(model)),
+        drop=removed,
         criterion=spec.choice,
         replace=replace,
         repair=tuple(name for name in repairs if name != "none"),
     )
-    kept = len(depth_baselines.removable(model)) - removed
-    samples = otp.Calibration(samples=len(inputs))
-    policy = otp.Policy(
-        rules=[rule], budget=otp.Budget(layers=kept), calibration=samples, seed=seed
-    )
-    otp.prune_(small, policy, cifar.batches(inputs))
+    policy = otp.Policy(rules=[rule], calibration={"samples": len(inputs)}, seed=seed)
+    otp.prune_(small, policy, cifar.batches(inputs), timing=0)
     return small
 
 

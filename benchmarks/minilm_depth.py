@@ -225,14 +225,14 @@ def ours(bench: Bench, spec: Spec, *, removed: int, seed: int) -> Any:
     layers = [f"encoder.layer.{i}" for i in range(len(small.encoder.layer))]
     rule = otp.Layers(
         targets=tuple(layers),
+        drop=removed,
         criterion=spec.choice,
         replace=replace,
         repair=tuple(name for name in repairs if name != "none"),
     )
-    samples = otp.Calibration(samples=sum(len(batch["input_ids"]) for batch in batches))
-    budget = otp.Budget(layers=len(layers) - removed)
-    policy = otp.Policy(rules=[rule], budget=budget, calibration=samples, seed=seed)
-    otp.prune_(small, policy, batches)
+    samples = {"samples": sum(len(batch["input_ids"]) for batch in batches)}
+    policy = otp.Policy(rules=[rule], calibration=samples, seed=seed)
+    otp.prune_(small, policy, batches, timing=0)
     return small
 
 
