@@ -356,13 +356,18 @@ def test_a_measured_price_is_a_share_of_what_the_removal_really_does() -> None:
     assert float(price[0, 1]) == pytest.approx(0.25 * 5 * float(plain[0, 1]))
 
 
-def test_a_price_is_what_a_quick_repair_leaves_and_spans_keep_their_proportion() -> None:
-    evidence = replace(chain(walk(3)), mended=lambda gone: 0.1 * (1 + min(gone)))
-    plain = Transport(replace="identity", measured="none").prices(evidence)
+def test_a_price_is_what_a_quick_repair_leaves_and_a_span_does_what_it_does() -> None:
+    real = {(0,): 1.0, (1,): 2.0, (2,): 2.0, (0, 1): 6.0, (1, 2): 3.0, (0, 1, 2): 10.0}
+    evidence = replace(
+        chain(walk(3)),
+        mended=lambda gone: 0.1 * (1 + min(gone)),
+        trial=lambda gone: real[tuple(sorted(gone))],
+    )
     price = Transport(replace="identity").prices(evidence)
     torch.testing.assert_close(price.diagonal(), vector(0.1, 0.2, 0.3))
-    share = 0.3 / float(plain[0, 0] + plain[1, 1])
-    assert float(price[0, 1]) == pytest.approx(share * float(plain[0, 1]))
+    assert float(price[0, 1]) == pytest.approx(0.3 * 2)  # together twice of what they do apart
+    assert float(price[1, 2]) == pytest.approx(0.5)  # never less than the sum
+    assert float(price[0, 2]) == pytest.approx(0.6 * 2)
 
 
 def test_the_price_follows_what_stands_in_unless_it_is_said() -> None:

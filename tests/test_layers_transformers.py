@@ -62,8 +62,12 @@ def test_layers_go_and_the_configuration_says_so(name: str, tmp_path: Path) -> N
     assert report.output_error.after_repair <= report.output_error.before_repair
     batch = batches(name)[0]
     expected = outputs(small, batch)
-    small.save_pretrained(tmp_path)
-    again = type(small).from_pretrained(tmp_path).eval()
+    if any("save it with otp.save" in note for note in report.plan.notes):
+        otp.save(small, tmp_path / "model")  # its configuration cannot say what is left
+        again = otp.load(tmp_path / "model", factory=lambda: copy.deepcopy(dense)).eval()
+    else:
+        small.save_pretrained(tmp_path)
+        again = type(small).from_pretrained(tmp_path).eval()
     torch.testing.assert_close(outputs(again, batch), expected, rtol=1e-5, atol=1e-5)
     report.undo_()
     assert depth(small, name) == depth(dense, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import ClassVar, Literal
 
 import torch
@@ -38,11 +39,12 @@ class Transport(LayerCriterion):
 
     What the output feels is taken to first order, and what the repair of the layers that stay
     wins back is not in these prices. So each block is taken out once, the rest mended quickly on
-    half of the probes, and its price set to what is left of the output on the other half; spans
-    keep the proportion of their prices. That is also the unit of the prices of channels.
+    half of the probes, and its price set to what is left of the output on the other half. A span
+    costs as much more than its blocks as it does to the output before any repair. That is also
+    the unit of the prices of channels.
 
-    Limits: only single blocks are tried; long runs may do more. Runs are priced apart, on the
-    dense network's stream: an error made early also moves what later maps read. Where a rectifier
+    Limits: only single blocks are mended. Runs are priced apart: an error made early also moves
+    what later maps read. Where a rectifier
     follows the addition, the layer in front can take the map up only where the rectifier is on.
     A run beyond `longest_span` is priced as spans in a row, although only the first of them has
     a layer to fold into. The curve never falls as blocks go, even where two blocks undo each
@@ -107,7 +109,7 @@ class Transport(LayerCriterion):
             folds=self.folds,
         )
         if self.measured == "repair" and evidence.mended is not None:
-            span = span * self._mended(evidence, span.diagonal())
+            span = self._mended(evidence, span)
         elif self.measured != "none":
             span = span * self._shortfall(evidence)
         price = priced_runs(span)
@@ -116,25 +118,30 @@ class Transport(LayerCriterion):
         return price
 
     def _mended(
-        self, evidence: ChainEvidence, single: Float[Tensor, " blocks"]
+        self, evidence: ChainEvidence, span: Float[Tensor, "blocks blocks"]
     ) -> Float[Tensor, "blocks blocks"]:
-        """Compare what is left of the output after a repair with the price of each block alone.
+        """Price single blocks by what a repair leaves, and spans by how much more they do.
 
         Args:
             evidence: what is known about the chain.
-            single: prices of single blocks.
+            span: prices that were not measured; infinite for spans that are not tried.
 
         Returns:
-            factors, at [i, j] for blocks i to j: their measured sum over the sum of their prices.
+            prices of the same spans: the sum of their blocks' own, times what removing them
+            together does to the output over what removing them one by one does.
         """
         assert evidence.mended is not None
-        left = single.new_tensor([evidence.mended([b]) for b in range(len(single))])
-        if not bool(left.isfinite().all()):  # it cannot be tried on every block
-            return self._shortfall(evidence)
-        sums = [torch.cat([v.new_zeros(1), v.cumsum(0)]) for v in (left, single)]
-        real, priced = (total[1:] - total[:-1, None] for total in sums)
-        known = (priced > 0) & torch.ones_like(priced, dtype=torch.bool).triu()
-        return torch.where(known, real / priced.clamp_min(1e-300), 1.0)
+        left = [evidence.mended([b]) for b in range(len(span))]
+        if not all(map(isfinite, left)):  # it cannot be tried on every block
+            return span * self._shortfall(evidence)
+        alone = [evidence.trial([b]) for b in range(len(span))]
+        price = torch.full_like(span, torch.inf)
+        for i, j in span.isfinite().nonzero().tolist():
+            inside = slice(i, j + 1)
+            apart = sum(alone[inside])
+            together = evidence.trial(range(i, j + 1)) if j > i and apart > 0 else apart
+            price[i, j] = sum(left[inside]) * max(together / apart if apart > 0 else 1.0, 1.0)
+        return price
 
     def _shortfall(self, evidence: ChainEvidence) -> Float[Tensor, "blocks blocks"]:
         """Measure how much more removing a block does than its first-order price says.
