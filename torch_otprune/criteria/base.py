@@ -14,7 +14,7 @@ from torch_otprune.errors import CalibrationError
 from torch_otprune.policy.registry import CRITERIA, Setting
 from torch_otprune.statistics.evidence import Evidence
 
-__all__ = ["Criterion", "Need", "Ranking", "ScoreCriterion", "register"]
+__all__ = ["Criterion", "Need", "Ranking", "ScoreCriterion", "checked", "register"]
 
 Need = Literal["moments", "sensitivity"]
 register = CRITERIA.register
@@ -78,7 +78,7 @@ class ScoreCriterion(Criterion, ABC):
 
     def rank(self, evidence: Evidence) -> Ranking:
         """Sort by score; a set costs the share of squared score that it leaves out."""
-        score = checked(self.score(evidence), evidence)
+        score = checked(self.score(evidence), "unit", where=f"group '{evidence.name}'")
         order = torch.argsort(score, descending=True, stable=True)
         power = score[order].square()
         left = power.flip(0).cumsum(0).flip(0)
@@ -86,12 +86,13 @@ class ScoreCriterion(Criterion, ABC):
         return Ranking(order, curve)
 
 
-def checked(score: Tensor, evidence: Evidence) -> Tensor:
+def checked(score: Tensor, noun: str, *, where: str) -> Tensor:
     """Refuse scores that are not finite, and blur rounding so that ties are ties everywhere.
 
     Args:
-        score: one number per unit.
-        evidence: names the group in the error.
+        score: one number each.
+        noun: what is scored, for the error.
+        where: what they are part of, for the error.
 
     Returns:
         the scores to nine digits.
@@ -102,8 +103,8 @@ def checked(score: Tensor, evidence: Evidence) -> Tensor:
     if not bool(torch.isfinite(score).all()):
         bad = int((~torch.isfinite(score)).nonzero()[0])
         raise CalibrationError(
-            f"unit {bad} scored {float(score[bad])}.",
-            where=f"group '{evidence.name}'",
+            f"{noun} {bad} scored {float(score[bad])}.",
+            where=where,
             fix="look for NaN or infinity in the weights or the calibration data.",
         )
     return settle(score)

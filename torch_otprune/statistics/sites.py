@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch_otprune.errors import CalibrationError
 from torch_otprune.statistics.depth import SiteEvidence
 from torch_otprune.statistics.reduce import all_sum_, ranks_where
+from torch_otprune.structure.flow import Enter, Leave
 from torch_otprune.structure.forward import evaluating, outside_inference, run
 from torch_otprune.structure.graph import Block, Site
 from torch_otprune.structure.layers import Conv
@@ -282,7 +283,7 @@ class _Watch(TorchFunctionMode):
     def __enter__(self) -> _Watch:
         # All modules: a function belongs to the innermost one that is running.
         for name, module in self.model.named_modules():
-            enter, leave = _Enter(self, name), _Leave(self)
+            enter, leave = Enter(self, name), Leave(self)
             self.handles += [
                 module.register_forward_pre_hook(enter, with_kwargs=True),
                 module.register_forward_hook(leave, always_call=True),
@@ -329,20 +330,3 @@ def _before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Copy an activation's input, which it may overwrite."""
     given = stream_of(args, kwargs)
     return None if given is None else given.detach().clone()
-
-
-@dataclass
-class _Enter:
-    watch: _Watch
-    path: str
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.watch.enter(self.path, args, kwargs)
-
-
-@dataclass
-class _Leave:
-    watch: _Watch
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self.watch.leave(output)

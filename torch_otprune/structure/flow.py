@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_otprune.structure.forward import evaluating, run
 
-__all__ = ["Flow", "Op", "Visit", "flow", "tensors"]
+__all__ = ["Enter", "Flow", "Leave", "Op", "Visit", "flow", "tensors"]
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class _Watch(TorchFunctionMode):
     def __enter__(self) -> _Watch:
         for name, module in self.model.named_modules():
             self.handles += [
-                module.register_forward_pre_hook(_Enter(self, name), with_kwargs=True),
-                module.register_forward_hook(_Leave(self), always_call=True),
+                module.register_forward_pre_hook(Enter(self, name), with_kwargs=True),
+                module.register_forward_hook(Leave(self), always_call=True),
             ]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -222,18 +222,34 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+class Watch(Protocol):
+    """Whoever wants to know which modules run."""
+
+    def enter(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note that a module is about to run."""
+
+    def leave(self, output: Any) -> None:
+        """Note that the innermost module is done."""
+
+
 @dataclass
-class _Enter:
-    watch: _Watch
+class Enter:
+    """The hook before a module."""
+
+    watch: Watch
     path: str
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the watch."""
         self.watch.enter(self.path, args, kwargs)
 
 
 @dataclass
-class _Leave:
-    watch: _Watch
+class Leave:
+    """The hook behind a module."""
+
+    watch: Watch
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Tell the watch."""
         self.watch.leave(output)

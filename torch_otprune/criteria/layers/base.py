@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from torch_otprune.criteria.base import Ranking, settle
+from torch_otprune.criteria.base import Ranking, checked
 from torch_otprune.errors import CalibrationError
 from torch_otprune.policy.registry import LAYER_CRITERIA, Setting
 from torch_otprune.statistics.depth import ChainEvidence, SiteEvidence
@@ -77,7 +77,7 @@ class ScoreLayerCriterion(LayerCriterion, ABC):
 
     def rank(self, evidence: ChainEvidence) -> Ranking:
         """Sort by score; removing blocks costs the sum of their scores."""
-        score = checked(self.score(evidence), evidence.name)
+        score = checked(self.score(evidence), "block", where=f"chain '{evidence.name}'")
         order = torch.argsort(score, descending=True, stable=True)
         left = score[order].flip(0).cumsum(0).flip(0)
         return Ranking(order, torch.cat([left, left.new_zeros(1)]))
@@ -120,26 +120,3 @@ class SiteCriterion(ScoreLayerCriterion, ABC):
                 )
         means = [sum(map(self.site, sites)) / len(sites) for sites in evidence.sites]
         return torch.tensor(means, dtype=torch.float64, device="cpu")
-
-
-def checked(score: Tensor, name: str) -> Tensor:
-    """Refuse scores that are not finite, and blur rounding so that ties are ties everywhere.
-
-    Args:
-        score: one number per block.
-        name: the chain, for the error.
-
-    Returns:
-        the scores to nine digits.
-
-    Raises:
-        CalibrationError: if a score is NaN or infinite.
-    """
-    if not bool(torch.isfinite(score).all()):
-        bad = int((~torch.isfinite(score)).nonzero()[0])
-        raise CalibrationError(
-            f"block {bad} scored {float(score[bad])}.",
-            where=f"chain '{name}'",
-            fix="look for NaN or infinity in the weights or the calibration data.",
-        )
-    return settle(score)

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from torch_otprune.criteria.base import Ranking
-from torch_otprune.criteria.layers.base import LayerCriterion, LayerNeed, checked, register
+from torch_otprune.criteria.base import Ranking, checked
+from torch_otprune.criteria.layers.base import LayerCriterion, LayerNeed, register
 from torch_otprune.criteria.layers.runs import nested
 from torch_otprune.statistics.depth import ChainEvidence
 
@@ -57,4 +57,4 @@ def _tried(evidence: ChainEvidence, gone: Sequence[int], left: Sequence[int]) ->
     cost = torch.zeros(len(evidence.blocks), dtype=torch.float64, device="cpu")
     for block in left:
         cost[block] = evidence.trial(sorted([*gone, block]))
-    return checked(cost, evidence.name)
+    return checked(cost, "block", where=f"chain '{evidence.name}'")

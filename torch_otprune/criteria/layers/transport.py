@@ -102,45 +102,42 @@ class Transport(LayerCriterion):
             at [i, j] what removing blocks i to j together costs, as a share of the network's
             squared output; infinite below the diagonal.
         """
-        span = span_costs(
-            evidence,
-            replace=self.replace or "affine",
-            longest=self.longest_span,
-            folds=self.folds,
-        )
-        if self.measured == "repair" and evidence.mended is not None:
-            span = self._mended(evidence, span)
-        elif self.measured != "none":
-            span = span * self._shortfall(evidence)
+        span = self._mended(evidence) if self.measured == "repair" else None
+        if span is None:
+            span = span_costs(
+                evidence,
+                replace=self.replace or "affine",
+                longest=self.longest_span,
+                folds=self.folds,
+            )
+            span = span if self.measured == "none" else span * self._shortfall(evidence)
         price = priced_runs(span)
         above = torch.ones_like(price, dtype=torch.bool).triu()
         price[above] = settle(price[above])
         return price
 
-    def _mended(
-        self, evidence: ChainEvidence, span: Float[Tensor, "blocks blocks"]
-    ) -> Float[Tensor, "blocks blocks"]:
+    def _mended(self, evidence: ChainEvidence) -> Float[Tensor, "blocks blocks"] | None:
         """Price single blocks by what a repair leaves, and spans by how much more they do.
 
         Args:
             evidence: what is known about the chain.
-            span: prices that were not measured; infinite for spans that are not tried.
 
         Returns:
-            prices of the same spans: the sum of their blocks' own, times what removing them
-            together does to the output over what removing them one by one does.
+            price of every span: the sum of its blocks' own, times what removing them together
+            does to the output over what removing them one by one does; infinite for spans that
+            are not tried, None where a block could not be.
         """
-        assert evidence.mended is not None
-        left = [evidence.mended([b]) for b in range(len(span))]
-        if not all(map(isfinite, left)):  # it cannot be tried on every block
-            return span * self._shortfall(evidence)
-        alone = [evidence.trial([b]) for b in range(len(span))]
-        price = torch.full_like(span, torch.inf)
-        for i, j in span.isfinite().nonzero().tolist():
-            inside = slice(i, j + 1)
-            apart = sum(alone[inside])
-            together = evidence.trial(range(i, j + 1)) if j > i and apart > 0 else apart
-            price[i, j] = sum(left[inside]) * max(together / apart if apart > 0 else 1.0, 1.0)
+        blocks = range(len(evidence.blocks))
+        left = [] if evidence.mended is None else [evidence.mended([b]) for b in blocks]
+        if not left or not all(map(isfinite, left)):
+            return None
+        alone = [evidence.trial([b]) for b in blocks]
+        price = torch.full((len(left), len(left)), torch.inf, dtype=torch.float64, device="cpu")
+        for i in blocks:
+            for j in blocks[i : i + self.longest_span]:
+                apart = sum(alone[i : j + 1])
+                more = evidence.trial(range(i, j + 1)) / apart if j > i and apart > 0 else 1.0
+                price[i, j] = sum(left[i : j + 1]) * max(more, 1.0)
         return price
 
     def _shortfall(self, evidence: ChainEvidence) -> Float[Tensor, "blocks blocks"]:
