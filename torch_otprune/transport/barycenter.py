@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.transport.checks import cloud, finite, masses, refuse
+from torch_otprune.transport.checks import at_least_one, cloud, finite, masses, positive, refuse
+from torch_otprune.transport.couple import REFUSE
 from torch_otprune.transport.gaussian import matrix_root
 from torch_otprune.transport.line import sort_rows
 
@@ -70,6 +71,7 @@ def barycenter_grid(
     Source: Janati, Cuturi & Gramfort 2020, Algorithm 1 (debiased), in the log domain.
     """
     histograms, cost = finite(histograms, "histograms").double(), finite(cost, "cost").double()
+    _supported(histograms, cost, eps, limit)
     batch = cost.expand(len(histograms), -1, -1)
     every = masses(histograms, batch, cost.shape[1], "histograms")
     share = masses(weights, histograms.T, len(histograms), "weights")
@@ -85,9 +87,15 @@ def barycenter_grid(
         v = answer - through
         fix = (fix + answer - _smooth(kernel, fix[None])[0]) / 2
         new = answer.exp()
-        if float((new - old).abs().sum()) <= tol:
+        moved, old = float((new - old).abs().sum()), new
+        if moved <= tol:
             break
-        old = new
+    refuse(
+        not moved <= max(tol, REFUSE),
+        f"{moved:.1%} of the mass still moves after {limit} iterations.",
+        where="barycenter_grid, arguments eps and limit",
+        fix="raise eps, or raise the limit of iterations.",
+    )
     return new / new.sum()
 
 
@@ -114,6 +122,12 @@ def barycenter_gaussian(
     Source: the fixed point of Álvarez-Esteban et al. 2016, Theorem 4.2.
     """
     means, covs = finite(means, "means").double(), finite(covs, "covs").double()
+    refuse(
+        means.ndim != 2 or 0 in means.shape or covs.shape != (*means.shape, means.shape[-1]),
+        f"means of shape {tuple(means.shape)} do not fit covariances of {tuple(covs.shape)}.",
+        where="barycenter_gaussian, arguments means and covs",
+        fix="pass measures x dimensions, and measures x dimensions x dimensions.",
+    )
     share = masses(weights, means.T, len(means), "weights")
     share = share / share.sum()
     cov = torch.einsum("k,kij->ij", share, covs)
@@ -126,6 +140,18 @@ def barycenter_gaussian(
         if change <= tol * float(cov.norm()):
             break
     return share @ means, cov
+
+
+def _supported(histograms: Tensor, cost: Tensor, eps: float, limit: int) -> None:
+    """Refuse histograms and costs of different supports, and settings out of range."""
+    positive(eps, "eps")
+    at_least_one(limit, "limit")
+    refuse(
+        histograms.ndim != 2 or cost.shape != (histograms.shape[-1],) * 2,
+        f"histograms of shape {tuple(histograms.shape)} do not fit a cost of {tuple(cost.shape)}.",
+        where="barycenter_grid, arguments histograms and cost",
+        fix="pass measures x points, and points x points.",
+    )
 
 
 def _smooth(kernel: Tensor, rows: Tensor) -> Tensor:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from torch_otprune.errors import TransportError
 
-__all__ = ["cloud", "clouds", "finite", "masses", "order_of", "refuse", "same_space"]
+__all__ = [
+    "at_least_one",
+    "cloud",
+    "clouds",
+    "finite",
+    "masses",
+    "number",
+    "order_of",
+    "positive",
+    "refuse",
+    "same_space",
+    "wide",
+]
 
 
 def refuse(wrong: Tensor | bool, problem: str, *, where: str, fix: str) -> None:
@@ -20,18 +33,57 @@ def refuse(wrong: Tensor | bool, problem: str, *, where: str, fix: str) -> None:
 
 def finite(x: Tensor, name: str) -> Tensor:
     """Return x in float32 or float64, and refuse what is not a number."""
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    x = wide(x, name)
     # One number tells almost always; a sum of finite entries may still overflow.
-    if math.isfinite(wide.detach().sum().item()):
-        return wide
-    bad = int((~wide.detach().isfinite()).sum())
+    if math.isfinite(x.detach().sum().item()):
+        return x
+    bad = int((~x.detach().isfinite()).sum())
     refuse(
         bad > 0,
         f"{bad} of {x.numel()} entries of {name} are NaN or infinite.",
         where=f"argument {name}, shape {tuple(x.shape)}",
         fix="pass finite values, for example by dropping the samples that overflowed.",
     )
-    return wide
+    return x
+
+
+def wide(x: Tensor, name: str) -> Tensor:
+    """Return x in float32 or float64, whatever real numbers it holds."""
+    if isinstance(x, Tensor) and not x.is_complex():
+        return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+    raise TransportError(
+        f"{name} is no tensor of real numbers, but {kind}.",
+        where=f"argument {name}",
+        fix="pass a tensor, for example torch.as_tensor(values).",
+    )
+
+
+def number(value: object) -> bool:
+    """Say whether a setting is a number, so that it can be compared with one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, float | int | Real)
+
+
+def positive(value: float, name: str) -> None:
+    """Refuse a temperature that is zero, negative, infinite, NaN or no number."""
+    refuse(
+        not number(value) or not 0 < value < math.inf,
+        f"{name} is {value!r}.",
+        where=f"argument {name}",
+        fix=f"pass a positive, finite {name}.",
+    )
+
+
+def at_least_one(value: int, name: str) -> None:
+    """Refuse a number of things that is none."""
+    refuse(
+        not number(value) or not 1 <= value < math.inf or value != int(value),
+        f"{name} is {value!r}.",
+        where=f"argument {name}",
+        fix=f"pass a whole number of {name}, at least 1.",
+    )
 
 
 def cloud(x: Tensor, name: str, *, batched: bool = False) -> Tensor:
@@ -65,7 +117,9 @@ def masses(weights: Tensor | None, like: Tensor, size: int, name: str) -> Tensor
     if weights is None:
         return like.new_full((*like.shape[:-2], size), 1.0 / size)
     weights = finite(weights, name).to(like)
-    wrong = weights.shape[-1] != size or bool((weights < 0).any())
+    rows = weights.shape[:-1]
+    alone = rows not in {(), like.shape[:-2], (1,) * (like.ndim - 2)}
+    wrong = alone or weights.shape[-1:] != (size,) or bool((weights < 0).any())
     refuse(
         wrong or bool((weights.sum(-1) <= 0).any()),
         f"{name} of shape {tuple(weights.shape)} weighs no measure of {size} points.",
@@ -77,10 +131,10 @@ def masses(weights: Tensor | None, like: Tensor, size: int, name: str) -> Tensor
 
 def order_of(p: float) -> float:
     """Check the order of a distance."""
-    if 1 <= p < math.inf:
+    if number(p) and 1 <= p < math.inf:
         return float(p)
     raise TransportError(
-        f"W_p needs 1 <= p < infinity, not {p}.",
+        f"W_p needs 1 <= p < infinity, not {p!r}.",
         where="argument p",
         fix="use p=2, or p=1 where outliers matter.",
     )

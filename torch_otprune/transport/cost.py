@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.transport.checks import order_of
+from torch_otprune.transport.checks import order_of, same_space, wide
 
 __all__ = ["ground_cost", "root", "sqdist"]
 
@@ -29,15 +29,23 @@ def sqdist(
         y: another; None measures x against itself, with a diagonal of exact zeros.
 
     Returns:
-        squared distances, non-negative; close pairs are recomputed from their differences.
+        squared distances, non-negative; close pairs are recomputed from their differences. What is
+        not a number stays none.
     """
+    x = wide(x, "x")
+    if y is not None:
+        same_space(x, y)
+        y = y.to(x)
     if x.ndim > 2:
         return _batched(x, x if y is None else y, itself=y is None)
     if x.shape[1] <= 8:
         other = x if y is None else y
         return _by_difference(x, other)
     if torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad)):
-        return _by_matmul(x, x if y is None else y)
+        with torch.no_grad():
+            value = _symmetric(x) if y is None else _rectangular(x, y)
+        live = _by_matmul(x, x if y is None else y)
+        return value + (live - live.detach())
     return _symmetric(x) if y is None else _rectangular(x, y)
 
 
@@ -111,10 +119,11 @@ def _by_axis(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _by_matmul(x: Tensor, y: Tensor) -> Tensor:
+    """Measure for the derivative's sake: close pairs lose digits, and fall below 0."""
     centre = torch.cat([x, y]).detach().mean(0)
     x, y = x - centre, y - centre
     norms = x.square().sum(1)[:, None] + y.square().sum(1)
-    return (norms - 2 * x @ y.T).clamp(min=0)
+    return norms - 2 * x @ y.T
 
 
 def _symmetric(x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from torch_otprune.transport.checks import refuse
 from torch_otprune.transport.exact import Links, duals
-from torch_otprune.transport.geometry import Geometry
+from torch_otprune.transport.geometry import Cloud, Geometry
+from torch_otprune.transport.stairs import line_duals
 
 __all__ = ["Coupling"]
 
@@ -61,6 +62,9 @@ class Coupling:
         if self.dual is not None:
             return self.dual
         assert self.links is not None
+        if self.solver == "line" and isinstance(self.geometry, Cloud):
+            f, g = line_duals(self.geometry, self.links)
+            return f.to(self.geometry.like), g.to(self.geometry.like)
         cost = self.geometry.block(slice(None))
         f, g = duals(cost, self.links)
         return f.to(cost), g.to(cost)
@@ -129,7 +133,13 @@ class Coupling:
         """Name the target that receives most of each source; ties go to the lowest index."""
         if self.links is None:
             return torch.cat([plan.argmax(1) for _, _, plan in self._blocks()])
-        return self.plan().argmax(1)
+        rows, columns = self.links.rows, self.links.columns
+        mass = self.links.mass.to(self.geometry.like)
+        most = mass.new_zeros(len(self.a)).scatter_reduce(0, rows, mass, "amax")
+        top = mass >= most[rows]
+        first = columns.new_full((len(self.a),), len(self.b))
+        first = first.scatter_reduce(0, rows[top], columns[top], "amin")
+        return first.where(first < len(self.b), 0)  # what has no mass goes anywhere
 
     def plan(self) -> Float[Tensor, "n m"]:
         """Form the plan, n x m, as its potentials or links have it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_otprune.transport.ask import HARD, Ask, consistent, prices, sound
 from torch_otprune.transport.checks import cloud, finite, masses, order_of, refuse, same_space
 from torch_otprune.transport.couple import Coupling
 from torch_otprune.transport.dispatch import Choice, Problem, choose
@@ -27,7 +28,6 @@ __all__ = ["coupling", "coupling_points", "couplings"]
 EPS = 0.02  # of the mean cost, where a temperature is needed and none was given
 KEPT = 64  # dimensions from which a cost that fits is kept with its plan, not computed again
 LITTLE = 2**22  # entries up to which it is kept in any dimension: 16 MiB in float32
-HARD = (math.inf, math.inf)
 
 
 def coupling(
@@ -77,7 +77,7 @@ def coupling(
         where="coupling, argument cost",
         fix="pass a matrix, sources x targets; for a batch use couplings.",
     )
-    return _solve(Stored(cost), a, b, _Ask(eps, relax, solver, tol, limit, explain))
+    return _solve(Stored(cost), a, b, Ask(eps, prices(relax), solver, tol, limit, explain))
 
 
 def coupling_points(
@@ -122,7 +122,7 @@ def coupling_points(
         found = _matched(x, y, p)
         if found is not None:
             return found
-    ask = _Ask(eps, relax, solver, tol, limit, explain)
+    ask = Ask(eps, prices(relax), solver, tol, limit, explain)
     x, y, left_out = principal(x, y, dims)
     found = _solve(Cloud(x, y, p), a, b, ask)
     return replace(found, left_out=left_out) if left_out else found
@@ -135,8 +135,10 @@ def couplings(
     *,
     eps: float | None = None,
     relax: tuple[float, float] = HARD,
+    solver: str = "auto",
     tol: float = 1e-3,
     limit: int = 5000,
+    explain: bool = False,
 ) -> list[Coupling]:
     """Solve many problems of one shape together, one batch of matrix products per iteration.
 
@@ -146,31 +148,54 @@ def couplings(
         b: target weights, likewise.
         eps: as in `coupling`; None solves them one by one where exact plans are cheap.
         relax: as in `coupling`.
+        solver: as in `coupling`; only `scaling`, which `auto` takes at any temperature, solves
+            all of them together.
         tol: as in `coupling`.
         limit: as in `coupling`.
+        explain: as in `coupling`.
 
     Returns:
         one coupling per problem, each the same as `coupling` would find alone, to `tol`.
     """
     costs = finite(costs, "costs").detach()
-    a = masses(a, costs, costs.shape[1], "a").expand(len(costs), -1)
-    b = masses(b, costs, costs.shape[2], "b").expand(len(costs), -1)
-    ask = _Ask(eps, relax, "auto", tol, limit, False)
-    problems = [Stored(cost) for cost in costs]
-    if not eps:
-        return [_solve(*problem, ask) for problem in zip(problems, a, b, strict=True)]
-    for problem in zip(problems, a, b, strict=True):
-        _same_total(*problem[1:], relax)
-    heat = eps * costs.abs().mean((1, 2))
+    ask = Ask(eps, prices(relax), solver, tol, limit, explain)
+    sound(ask)
+    consistent(ask, 0)
+    refuse(
+        costs.ndim != 3 or 0 in costs.shape,
+        f"costs of shape {tuple(costs.shape)} are no batch of problems.",
+        where="couplings, argument costs",
+        fix="pass problems x sources x targets; for one matrix use coupling.",
+    )
+    a, b = masses(a, costs, costs.shape[1], "a"), masses(b, costs, costs.shape[2], "b")
+    together = solver == "scaling" or (solver == "auto" and bool(eps))
+    found = _together(costs, a, b, ask=ask) if together else None
+    if found is not None:
+        return found
+    return [_solve(Stored(cost), x, y, ask) for cost, x, y in zip(costs, a, b, strict=True)]
+
+
+def _together(costs: Tensor, a: Tensor, b: Tensor, *, ask: Ask) -> list[Coupling] | None:
+    """Scale all kernels at once, or find nothing where one of them does not converge."""
+    for x, y in zip(a, b, strict=True):
+        _same_total(x, y, ask.relax)
+    relative = ask.eps or EPS
+    heat = relative * costs.abs().mean((1, 2))
     heat = heat.where(heat > 0, heat.new_ones(()))
-    damp = (damping(relax[0], eps), damping(relax[1], eps))
-    found = scaling(costs, a, b, heat, damp=damp, tol=tol, limit=limit)
-    if found is None or float(found.error.max()) > tol:
-        return [_solve(*problem, ask) for problem in zip(problems, a, b, strict=True)]
-    why = f"{len(costs)} problems of one shape share every matrix product"
+    damp = (damping(ask.relax[0], relative), damping(ask.relax[1], relative))
+    found = scaling(costs, a, b, heat, damp=damp, tol=ask.tol, limit=ask.limit)
+    if found is None or float(found.error.max()) > ask.tol:
+        return None
+    choice = choose(Problem(costs.shape[1], costs.shape[2], entropic=True), "scaling")
+    if ask.solver == "auto":
+        shared = f"{len(costs)} problems of one shape share every matrix product"
+        choice = replace(choice, why=shared)
+    why = choice.told(ask.explain)
     return [
-        _coupling(problem, x, y, eps=float(h), solver="scaling", why=why, found=_item(found, i))
-        for i, (problem, x, y, h) in enumerate(zip(problems, a, b, heat, strict=True))
+        _coupling(
+            Stored(cost), x, y, eps=float(h), solver="scaling", why=why, found=_item(found, i)
+        )
+        for i, (cost, x, y, h) in enumerate(zip(costs, a, b, heat, strict=True))
     ]
 
 
@@ -186,7 +211,7 @@ def _matched(x: Tensor, y: Tensor, p: float) -> Coupling | None:
     columns = shortest_paths(cost)
     # Costs by matmul have lost digits that the plan's own cost should show.
     total = float(cost[np.arange(n), columns].sum()) / n if d <= DIRECT else None
-    a, rows = x.new_full((n,), 1 / n), torch.arange(n)
+    a, rows = x.new_full((n,), 1 / n), torch.arange(n, device=x.device)
     links = Links(rows, torch.from_numpy(columns), a.double(), single=True, total=total)
     return Coupling(Cloud(x, y, p), a, a, 0.0, "exact", choice.why, links=links)
 
@@ -196,26 +221,9 @@ def _usual(n: int, d: int) -> Choice:
     return choose(Problem(n, n, d))
 
 
-@dataclass(frozen=True)
-class _Ask:
-    """What the caller fixed."""
-
-    eps: float | None
-    relax: tuple[float, float]
-    solver: str
-    tol: float
-    limit: int
-    explain: bool
-
-
-def _solve(geometry: Geometry, a: Tensor | None, b: Tensor | None, ask: _Ask) -> Coupling:
+def _solve(geometry: Geometry, a: Tensor | None, b: Tensor | None, ask: Ask) -> Coupling:
     (n, m), like = geometry.shape, geometry.like
-    refuse(
-        (ask.eps is not None and ask.eps < 0) or min(ask.relax) < 0,
-        f"eps is {ask.eps} and relax is {ask.relax}.",
-        where="coupling, arguments eps and relax",
-        fix="pass numbers of at least 0.",
-    )
+    sound(ask)
     plain = a is None and b is None
     a, b = masses(a, like, n, "a"), masses(b, like, m, "b")
     if not plain:
@@ -225,12 +233,18 @@ def _solve(geometry: Geometry, a: Tensor | None, b: Tensor | None, ask: _Ask) ->
     work = geometry if choice.solver != "exact" else Stored(geometry.block(slice(None)))
     if choice.solver != "line" and _paired(work, plain or torch.equal(a, b), ask):
         choice = Choice("paired", "no target is nearer to any source than its own partner", ())
-    why = str(choice).partition(": ")[2] if ask.explain else choice.why
+    why = choice.told(ask.explain)
     links = _links(work, a, b, choice.solver, uniform)
     if links is not None:
         return Coupling(geometry, a, b, 0.0, choice.solver, why, links=links)
     scale = geometry.mean() or 1.0
     eps = scale * (ask.eps or EPS)
+    refuse(
+        not eps >= torch.finfo(like.dtype).tiny,
+        f"a temperature of {eps:.2g} is no number of {like.dtype}.",
+        where="coupling, argument cost",
+        fix="scale the cost, or pass it in float64.",
+    )
     if choice.solver == "scaling" and (like.shape[1] > KEPT or n * m <= LITTLE):
         geometry = Stored(geometry.block(slice(None)))
     found = _entropic(geometry, a, b, ask, eps=eps, solver=choice.solver)
@@ -274,10 +288,10 @@ def _equal(weights: Tensor) -> bool:
     return high - low <= 1e-6 * high
 
 
-def _choice(geometry: Geometry, uniform: bool, ask: _Ask) -> Choice:
+def _choice(geometry: Geometry, uniform: bool, ask: Ask) -> Choice:
     (n, m), like = geometry.shape, geometry.like
     d = geometry.x.shape[1] if isinstance(geometry, Cloud) else 0
-    _consistent(ask, d)
+    consistent(ask, d)
     if ask.relax == (math.inf, 0.0) and not ask.eps and ask.solver == "auto":
         return Choice("nearest", "a free second marginal lets every source take its nearest", ())
     if ask.eps == 0 and ask.solver == "auto" and d != 1:
@@ -294,39 +308,16 @@ def _choice(geometry: Geometry, uniform: bool, ask: _Ask) -> Choice:
         m,
         d,
         like.device.type,
+        "plan",
         uniform=uniform,
         hard=ask.relax == HARD,
         entropic=bool(ask.eps),
         keops=available if known else lambda: False,
     )
-    return choose(problem, ask.solver)
+    return choose(problem, ask.solver, where="coupling, argument solver")
 
 
-def _consistent(ask: _Ask, d: int) -> None:
-    """Refuse a forced solver that would have to overrule another setting."""
-    refuse(
-        ask.solver == "line" and d != 1,
-        "solver='line' needs points of one dimension.",
-        where="coupling_points, argument solver",
-        fix="pass x and y with one column each, or solver='auto'.",
-    )
-    exact = ask.solver in {"line", "exact"}
-    refuse(
-        exact and (bool(ask.eps) or ask.relax != HARD),
-        f"solver={ask.solver!r} is exact and has hard marginals, but eps is {ask.eps} and relax is "
-        f"{ask.relax}.",
-        where="coupling, argument solver",
-        fix="leave eps and relax out, or pass solver='auto'.",
-    )
-    refuse(
-        ask.solver not in {"auto", "line", "exact"} and ask.eps == 0,
-        f"eps=0 insists on an exact plan, which solver={ask.solver!r} does not give.",
-        where="coupling, arguments eps and solver",
-        fix="pass eps=0.01, or solver='exact'.",
-    )
-
-
-def _paired(geometry: Geometry, same: bool, ask: _Ask) -> bool:
+def _paired(geometry: Geometry, same: bool, ask: Ask) -> bool:
     """Recognise paired samples: if every partner is a nearest target, the identity is optimal."""
     n, m = geometry.shape
     if n != m or ask.eps or ask.relax != HARD or ask.solver != "auto" or not same:
@@ -357,7 +348,7 @@ def _links(geometry: Geometry, a: Tensor, b: Tensor, solver: str, uniform: bool)
 
 
 def _entropic(
-    geometry: Geometry, a: Tensor, b: Tensor, ask: _Ask, *, eps: float, solver: str
+    geometry: Geometry, a: Tensor, b: Tensor, ask: Ask, *, eps: float, solver: str
 ) -> Potentials:
     """Iterate at one temperature; what scaling cannot finish, the float64 log domain does."""
     relative = ask.eps or EPS

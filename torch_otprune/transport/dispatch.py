@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch_otprune.transport.checks import refuse
 
@@ -39,10 +39,10 @@ class Problem:
         m: number of targets.
         d: dimension of the points; 0 when only a cost matrix is given.
         device: `cpu` or `cuda`.
-        purpose: what is asked for.
+        purpose: a coupling (`plan`), or a distance without (`value`) or with its `gradient`.
         uniform: whether all weights are equal on both sides.
         hard: whether both marginals are hard constraints.
-        entropic: whether the user fixed a positive temperature.
+        entropic: whether a positive temperature is asked for, as `divergence` always does.
         keops: whether KeOps runs here; asked only where it matters.
     """
 
@@ -59,12 +59,28 @@ class Problem:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a solver, where it applies, and why it is first there."""
+    """One line of the table: a solver, what for, where it applies, and why it is first there.
+
+    Args:
+        solver: name of the solver.
+        when: where it applies, in words.
+        why: the reason for it.
+        applies: the same as `when`, for a problem of one of the purposes.
+        purposes: what it is asked for.
+        alias: another name under which it can be forced.
+    """
 
     solver: str
     when: str
     why: str
     applies: Callable[[Problem], bool]
+    purposes: tuple[Purpose, ...]
+    alias: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """List what it can be forced by."""
+        return (self.alias, self.solver) if self.alias else (self.solver,)
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,12 @@ class Choice:
     passed: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.solver}: {self.why}", *(f"  not {line}" for line in self.passed)])
+        return f"{self.solver}: {self.told(True)}"
+
+    def told(self, explain: bool) -> str:
+        """Give the reason, and the lines that were passed over where they are asked for."""
+        passed = [f"  not {line}" for line in self.passed] if explain else []
+        return "\n".join([self.why, *passed])
 
 
 def _exact(q: Problem) -> bool:
@@ -88,12 +109,21 @@ def _exact(q: Problem) -> bool:
     return large <= PROGRAM
 
 
+def _few_dimensions(q: Problem) -> bool:
+    low = LOW_CUDA if q.device == "cuda" else LOW_CPU
+    return 0 < q.d <= low and q.keops()
+
+
+ALL: tuple[Purpose, ...] = get_args(Purpose)
+PLAN: tuple[Purpose, ...] = ("plan",)
+DISTANCE: tuple[Purpose, ...] = ("value", "gradient")
 TABLE: tuple[Row, ...] = (
     Row(
         "line",
         "d = 1, hard marginals, no temperature asked",
         "sorting is exact on the line, in n log n",
         lambda q: q.d == 1 and q.hard and not q.entropic,
+        ALL,
     ),
     Row(
         "exact",
@@ -101,34 +131,62 @@ TABLE: tuple[Row, ...] = (
         f"weights differ or lcm(n, m) > {REPEAT}",
         "at this size an exact plan costs less than an entropic one of equal accuracy",
         _exact,
+        ALL,
     ),
     Row(
         "scaling",
-        f"n x m <= {STORED}",
+        f"for a plan, n x m <= {STORED}",
         "the cost fits in memory: it is built once, and every iteration is two matrix products",
         lambda q: q.n * q.m <= STORED,
+        PLAN,
     ),
     Row(
         "keops",
-        f"costs do not fit, d <= {LOW_CUDA}, on CUDA, KeOps runs here",
+        f"for a plan, costs do not fit, d <= {LOW_CUDA}, on CUDA, KeOps runs here",
         "the cost does not fit in memory, and in few dimensions KeOps recomputes it fastest there",
-        lambda q: 0 < q.d <= (LOW_CUDA if q.device == "cuda" else LOW_CPU) and q.keops(),
+        _few_dimensions,
+        PLAN,
     ),
     Row(
         "blocks",
-        "everything else",
+        "for a plan, everything else",
         "the cost does not fit in memory: torch recomputes it block by block",
         lambda q: True,
+        PLAN,
+    ),
+    Row(
+        "scaling",
+        f"for a distance, max(n, m)^2 <= {STORED}, or n x m where no temperature is asked",
+        "the costs fit in memory: matrix products beat log-sums, in a debiased divergence",
+        lambda q: (max(q.n, q.m) ** 2 if q.entropic else q.n * q.m) <= STORED,
+        DISTANCE,
+    ),
+    Row(
+        "geomloss",
+        f"for a distance, costs do not fit, d <= {LOW_CUDA}, on CUDA, KeOps runs here, a "
+        "temperature is asked",
+        "the costs of a debiased divergence do not fit, and KeOps is fast in few dimensions",
+        lambda q: q.entropic and _few_dimensions(q),
+        DISTANCE,
+        alias="keops",
+    ),
+    Row(
+        "blocks",
+        "for a distance, everything else",
+        "the costs of a debiased divergence do not fit: torch recomputes them block by block",
+        lambda q: True,
+        DISTANCE,
     ),
 )
 
 
-def choose(problem: Problem, solver: str = "auto") -> Choice:
-    """Pick the first line of the table that applies, or the one that is forced.
+def choose(problem: Problem, solver: str = "auto", *, where: str = "argument solver") -> Choice:
+    """Pick the first line of the table that applies to a purpose, or the one that is forced.
 
     Args:
         problem: sizes, dimension, device, purpose.
         solver: `auto`, or the name of a solver.
+        where: what an unknown solver is blamed on.
 
     Returns:
         the solver, why, and what was passed over.
@@ -136,44 +194,65 @@ def choose(problem: Problem, solver: str = "auto") -> Choice:
     Example:
         >>> choose(Problem(n=100, m=100, d=3)).solver
         'exact'
+        >>> choose(Problem(n=20_000, m=20_000, d=3, purpose="value")).solver
+        'blocks'
     """
-    passed: list[str] = []
-    if solver != "auto":
-        _known(solver)
-    for row in TABLE:
-        if solver == row.solver:
-            return Choice(row.solver, "forced by the caller", tuple(passed))
-        if solver == "auto" and row.applies(problem):
-            return Choice(row.solver, row.why, tuple(passed))
-        passed.append(f"{row.solver}: needs {row.when}")
-    return Choice(TABLE[-1].solver, TABLE[-1].why, tuple(passed[:-1]))  # applies to everything
+    rows = [row for row in TABLE if problem.purpose in row.purposes]
+    forced = solver != "auto"
+    if forced:
+        _known(solver, rows, problem, where)
+    # The last line for each purpose applies to everything.
+    taken = next(
+        i for i, row in enumerate(rows) if (solver in row.names if forced else row.applies(problem))
+    )
+    passed = tuple(f"{row.solver}: needs {row.when}" for row in rows[:taken])
+    why = "forced by the caller" if forced else rows[taken].why
+    return Choice(rows[taken].solver, why, passed)
 
 
-def _known(solver: str) -> None:
+def _known(solver: str, rows: Sequence[Row], problem: Problem, where: str) -> None:
+    cold = ("line", "exact")  # no temperature can be meant for these
+    names = [
+        name for row in rows for name in row.names if not (problem.entropic and row.solver in cold)
+    ]
     refuse(
-        solver not in {row.solver for row in TABLE},
+        solver not in names,
         f"there is no solver {solver!r}.",
-        where="argument solver",
-        fix=f"use one of auto, {', '.join(row.solver for row in TABLE)}.",
+        where=where,
+        fix=f"use one of auto, {', '.join(names)}.",
     )
 
 
 def explain(
-    n: int, m: int | None = None, *, d: int = 0, device: str = "cpu", purpose: Purpose = "plan"
+    n: int,
+    m: int | None = None,
+    *,
+    d: int = 0,
+    device: str = "cpu",
+    purpose: Purpose = "plan",
+    entropic: bool = False,
 ) -> str:
-    """Say which solver would couple two uniform clouds of this size, and why.
+    """Say which solver would run for two uniform clouds of this size, and why.
 
     Args:
         n: number of sources.
         m: number of targets; None is n.
         d: dimension; 0 for a cost matrix.
         device: `cpu` or `cuda`.
-        purpose: `value`, `gradient` or `plan`.
+        purpose: `plan` for a coupling; `value` or `gradient` for a distance.
+        entropic: whether a temperature is asked for, as in every `divergence`.
 
     Returns:
         one line for the choice, and one for each solver that was passed over.
     """
     from torch_otprune.transport.keops import available
 
-    problem = Problem(n, n if m is None else m, d, device, purpose, keops=available)
+    m = n if m is None else m
+    refuse(
+        min(n, m) < 1 or d < 0 or purpose not in ALL,
+        f"there is no {purpose} between {n} and {m} points of {d} dimensions.",
+        where="explain, arguments n, m, d and purpose",
+        fix=f"pass sizes of at least 1, and one of {', '.join(ALL)}.",
+    )
+    problem = Problem(n, m, d, device, purpose, entropic=entropic, keops=available)
     return str(choose(problem))

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.transport.checks import cloud, clouds, masses, order_of, refuse, same_space
+from torch_otprune.transport.checks import (
+    cloud,
+    clouds,
+    masses,
+    order_of,
+    positive,
+    refuse,
+    same_space,
+)
 from torch_otprune.transport.cost import root
 from torch_otprune.transport.couple import REFUSE
-from torch_otprune.transport.dispatch import LOW_CPU, LOW_CUDA, STORED, Choice
+from torch_otprune.transport.dispatch import STORED, Choice, Problem, choose
 from torch_otprune.transport.geometry import Cloud, Geometry, Stored, softmin
 from torch_otprune.transport.keops import LOCK, available, import_keops, softmin_keops
 from torch_otprune.transport.layers import debiased, small
@@ -23,28 +31,54 @@ from torch_otprune.transport.sinkhorn import log_domain, scaling
 
 __all__ = ["Divergence", "divergence", "divergence_report"]
 
-SOLVERS = ("scaling", "geomloss", "blocks")
-
 
 @dataclass(frozen=True, eq=False)
 class Divergence:
-    """A debiased distance and how it came about.
+    """A distance and how it came about; of stacked layers, what is worst among them.
 
     Args:
         distance: in the unit of the points; differentiable in points and weights.
-        solver: who found the potentials.
+        solver: who found it.
         why: the reason for that choice.
-        eps: temperature in the unit of the points to the power p.
+        eps: temperature in the unit of the points to the power p; 0 where the distance is exact.
         marginal_error: of the cross term, as a share of the mass.
         left_out: share of the pooled variance that a reduction of dimension dropped.
     """
 
-    distance: Float[Tensor, ""]
+    distance: Float[Tensor, "*batch"]
     solver: str
     why: str
     eps: float
     marginal_error: float
     left_out: float
+
+
+@overload
+def divergence(
+    x: Float[Tensor, "*batch n d"],
+    y: Float[Tensor, "*batch m d"],
+    a: Float[Tensor, "*#batch n"] | None = None,
+    b: Float[Tensor, "*#batch m"] | None = None,
+    *,
+    p: float = 2.0,
+    eps: float = 0.02,
+    solver: str = "auto",
+    explain: Literal[False] = False,
+) -> Float[Tensor, "*batch"]: ...
+
+
+@overload
+def divergence(
+    x: Float[Tensor, "*batch n d"],
+    y: Float[Tensor, "*batch m d"],
+    a: Float[Tensor, "*#batch n"] | None = None,
+    b: Float[Tensor, "*#batch m"] | None = None,
+    *,
+    p: float = 2.0,
+    eps: float = 0.02,
+    solver: str = "auto",
+    explain: Literal[True],
+) -> Divergence: ...
 
 
 def divergence(
@@ -56,7 +90,8 @@ def divergence(
     p: float = 2.0,
     eps: float = 0.02,
     solver: str = "auto",
-) -> Float[Tensor, "*batch"]:
+    explain: bool = False,
+) -> Float[Tensor, "*batch"] | Divergence:
     """Measure a debiased entropic W_p between two clouds, smooth enough to train with.
 
     Args:
@@ -66,7 +101,8 @@ def divergence(
         b: weights of y, likewise.
         p: order of the distance.
         eps: temperature relative to the mean cost between the clouds.
-        solver: `scaling`, `geomloss`, `blocks` or `auto`.
+        solver: `scaling`, `geomloss` (also called `keops`), `blocks` or `auto`.
+        explain: return a `Divergence`, with all lines that were passed over in its `why`.
 
     Returns:
         the distance in the unit of the points, one per layer, zero for equal measures;
@@ -81,24 +117,44 @@ def divergence(
         3.0
     """
     if x.ndim <= 2:
-        return divergence_report(x, y, a, b, p=p, eps=eps, solver=solver).distance
+        found = divergence_report(x, y, a, b, p=p, eps=eps, solver=solver, explain=explain)
+        return found if explain else found.distance
     (x, y), p = clouds(x, y), order_of(p)
-    _warm(eps)
+    positive(eps, "eps")
     *batch, n, d = x.shape
     m = y.shape[-2]
     a, b = masses(a, x, n, "a").reshape(-1, n), masses(b, y, m, "b").reshape(-1, m)
     a, b = a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True)
-    x, y, found = x.reshape(-1, n, d), y.reshape(-1, m, d), None
-    if solver in {"auto", "scaling"} and small(x, y):
-        found = debiased(x, y, a, b, p=p, eps=eps)
-    if found is None:
-        each = zip(x, y, a, b, strict=True)
-        found = torch.stack([divergence(*one, p=p, eps=eps, solver=solver) for one in each])
-    return found.reshape(batch)
+    x, y = x.reshape(-1, n, d), y.reshape(-1, m, d)
+    found = _stacked(x, y, a, b, p=p, eps=eps, solver=solver, explain=explain)
+    found = replace(found, distance=found.distance.reshape(batch))
+    return found if explain else found.distance
 
 
-def _warm(eps: float) -> None:
-    refuse(not eps > 0, f"eps is {eps}.", where="divergence, argument eps", fix="pass 0.02.")
+def _stacked(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, p: float, eps: float, solver: str, explain: bool
+) -> Divergence:
+    """Measure every pair of a batch: together where they are small, else one by one."""
+    choice = _choice(x[0], y[0], p, solver)
+    together = choice.solver == "scaling" and small(x, y)
+    found = debiased(x, y, a, b, p=p, eps=eps) if together else None
+    if found is not None:
+        distance, heat, error = found
+        if solver == "auto":
+            choice = replace(choice, why=f"{len(x)} small pairs of clouds share every product")
+        why, worst = choice.told(explain), (float(heat.max()), float(error.max()))
+        return Divergence(distance, choice.solver, why, *worst, left_out=0.0)
+    each = [
+        divergence_report(*one, p=p, eps=eps, solver=solver, explain=explain)
+        for one in zip(x, y, a, b, strict=True)
+    ]
+    return replace(
+        each[0],
+        distance=torch.stack([one.distance for one in each]),
+        eps=max(one.eps for one in each),
+        marginal_error=max(one.marginal_error for one in each),
+        left_out=max(one.left_out for one in each),
+    )
 
 
 def divergence_report(
@@ -111,6 +167,7 @@ def divergence_report(
     eps: float = 0.02,
     solver: str = "auto",
     dims: int | None = None,
+    explain: bool = False,
 ) -> Divergence:
     """Measure as `divergence` does, and say how.
 
@@ -123,6 +180,7 @@ def divergence_report(
         eps: temperature relative to the mean cost.
         solver: as in `divergence`.
         dims: principal directions to keep; None keeps 64 where costs do not fit in memory.
+        explain: put all lines that were passed over into `why`.
 
     Returns:
         the distance with solver, reason, temperature, marginal error and variance left out.
@@ -132,32 +190,30 @@ def divergence_report(
     y = y.to(x)
     a, b = masses(a, x[:0, :0], len(x), "a"), masses(b, y[:0, :0], len(y), "b")
     a, b = a / a.sum(), b / b.sum()
-    _warm(eps)
+    positive(eps, "eps")
     x, y, left_out = principal(x, y, dims)
     choice = _choice(x, y, p, solver)
+    why = choice.told(explain)
     heat = eps * Cloud(x.detach(), y.detach(), p).mean()
     if heat == 0:  # all mass in one point, twice: nothing to move
-        return Divergence(0 * (x.sum() + y.sum()), choice.solver, choice.why, 0.0, 0.0, left_out)
+        return Divergence(0 * (x.sum() + y.sum()), choice.solver, why, 0.0, 0.0, left_out)
     value, error = _value(x, y, a, b, p=p, eps=heat, solver=choice.solver)
     distance = root(value.clamp(min=0), p)
-    return Divergence(distance, choice.solver, choice.why, heat, error, left_out)
+    return Divergence(distance, choice.solver, why, heat, error, left_out)
 
 
 def _choice(x: Tensor, y: Tensor, p: float, solver: str) -> Choice:
-    refuse(
-        solver not in {"auto", *SOLVERS},
-        f"there is no solver {solver!r}.",
-        where="divergence, argument solver",
-        fix=f"use one of auto, {', '.join(SOLVERS)}.",
+    live = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    problem = Problem(
+        len(x),
+        len(y),
+        x.shape[1],
+        x.device.type,
+        "gradient" if live else "value",
+        entropic=True,
+        keops=available if p in (1, 2) else lambda: False,
     )
-    if solver != "auto":
-        return Choice(solver, "forced by the caller", ())
-    if max(len(x), len(y)) ** 2 <= STORED:
-        return Choice("scaling", "the costs fit in memory: matrix products beat log-sums", ())
-    low = LOW_CUDA if x.device.type == "cuda" else LOW_CPU
-    if x.shape[1] <= low and p in (1, 2) and available():
-        return Choice("geomloss", "the costs do not fit, and KeOps is fast in few dimensions", ())
-    return Choice("blocks", "the costs do not fit: torch recomputes them block by block", ())
+    return choose(problem, solver, where="divergence, argument solver")
 
 
 def _value(

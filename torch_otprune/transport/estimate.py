@@ -11,10 +11,17 @@ from torch import Tensor
 
 from torch_otprune.transport.checks import cloud, refuse, same_space
 from torch_otprune.transport.cost import root
+from torch_otprune.transport.couple import Coupling
+from torch_otprune.transport.divergence import Divergence
+from torch_otprune.transport.flowtree import Flowtree
+from torch_otprune.transport.gaussian import GaussianMap
+from torch_otprune.transport.geometry import Cloud
+from torch_otprune.transport.sliced import MaxSliced
 
 __all__ = ["Estimate", "estimate", "paired_distance", "paired_rows"]
 
-Distance = Callable[[Tensor, Tensor], "Tensor | float"]
+Found = Tensor | float | Coupling | Divergence | Flowtree | GaussianMap | MaxSliced
+Distance = Callable[[Tensor, Tensor], Found]
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ def estimate(
     """Measure a distance together with its null and a bootstrap interval.
 
     Args:
-        distance: any verb of this room that takes two clouds.
+        distance: any verb of this room that takes two clouds, or any function of two that gives one
+            number. For `paired_distance`, whose rows belong together, no effect reads exactly 0.
         x: sample of the reference law; its halves make the null.
         y: sample of the other law.
         paired: whether row i of both is the same input; resampling then keeps rows together.
@@ -82,11 +90,17 @@ def estimate(
         where="estimate, arguments x and y",
         fix="pass at least 4 rows, and equally many on both sides if they are paired.",
     )
-    generator = torch.Generator().manual_seed(seed)
-    value = float(distance(x, y))
-    nulls = [_halved(distance, x, generator) for _ in range(splits)]
+    refuse(
+        min(splits, resamples) < 1 or not 0 < level < 1,
+        f"splits is {splits}, resamples is {resamples} and level is {level:g}.",
+        where="estimate, arguments splits, resamples and level",
+        fix="pass at least one of each, and a level between 0 and 1 such as 0.9.",
+    )
+    generator, matched = torch.Generator().manual_seed(seed), distance is paired_distance
+    value, paired = _number(distance(x, y)), paired or matched
+    nulls = [0.0 if matched else _halved(distance, x, generator) for _ in range(splits)]
     again = [_resampled(distance, x, y, paired, generator) for _ in range(resamples)]
-    spread = torch.tensor(again, dtype=torch.float64)
+    spread = torch.tensor(again, dtype=torch.float64, device="cpu")
     spread = spread - spread.mean()  # resampling repeats points, which shifts every distance
     tail = (1 - level) / 2
     low, high = (float(spread.quantile(q)) for q in (tail, 1 - tail))
@@ -120,15 +134,36 @@ def paired_rows(x: Tensor, y: Tensor) -> None:
     )
 
 
+def _number(found: Found) -> float:
+    """Read the one distance off what a verb returns."""
+    if isinstance(found, Coupling):
+        p = found.geometry.p if isinstance(found.geometry, Cloud) else 1.0
+        return float(max(found.cost, 0.0) ** (1 / p))
+    if isinstance(found, Divergence | Flowtree | GaussianMap | MaxSliced):
+        found = found.distance
+    entries = found.numel() if isinstance(found, Tensor) else 1
+    refuse(
+        entries != 1,
+        f"the distance has {entries} entries, not one.",
+        where="estimate, argument distance",
+        fix="pass a function of two clouds that gives one number.",
+    )
+    return float(found)
+
+
 def _halved(distance: Distance, x: Tensor, generator: torch.Generator) -> float:
-    order = torch.randperm(len(x), generator=generator).to(x.device)
+    order = torch.randperm(len(x), generator=generator, device="cpu").to(x.device)
     half = len(x) // 2
-    return float(distance(x[order[:half]], x[order[half : 2 * half]]))
+    return _number(distance(x[order[:half]], x[order[half : 2 * half]]))
 
 
 def _resampled(
     distance: Distance, x: Tensor, y: Tensor, paired: bool, generator: torch.Generator
 ) -> float:
-    i = torch.randint(len(x), (len(x),), generator=generator).to(x.device)
-    j = i if paired else torch.randint(len(y), (len(y),), generator=generator).to(y.device)
-    return float(distance(x[i], y[j]))
+    i = _drawn(len(x), generator)
+    j = i if paired else _drawn(len(y), generator)
+    return _number(distance(x[i.to(x.device)], y[j.to(y.device)]))
+
+
+def _drawn(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(size, (size,), generator=generator, device="cpu")

@@ -239,7 +239,7 @@ def _by_program(cost: Tensor, a: Tensor, b: Tensor) -> Links:
             on = mass > 0
             return Links(rows[on], columns[on], mass[on], f, g)
         worst = reduced.topk(min(4, m), dim=1, largest=False)
-        active[torch.arange(n)[:, None], worst.indices] |= worst.values < 0
+        active[torch.arange(n, device=cost.device)[:, None], worst.indices] |= worst.values < 0
     raise TransportError(
         f"an exact plan of {n} x {m} was not certified in 100 rounds.",
         where="coupling, solver exact",
@@ -253,11 +253,12 @@ def _promising(cost: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     eps = a.new_tensor([0.02 * scale])
     rough = scaling(cost[None], a[None], b[None], eps, tol=0.01, limit=200)
     reduced = cost if rough is None else cost - rough.f[0][:, None] - rough.g[0]
-    active = torch.zeros(n, m, dtype=torch.bool)
+    active = torch.zeros(n, m, dtype=torch.bool, device=cost.device)
     few = min(6, n, m)
     active.scatter_(1, reduced.topk(few, 1, largest=False).indices, True)
     active.scatter_(0, reduced.topk(few, 0, largest=False).indices, True)
-    corner = solve_line(torch.arange(n).to(a), torch.arange(m).to(b), a, b)
+    left, right = (torch.arange(len(w), dtype=w.dtype, device=w.device) for w in (a, b))
+    corner = solve_line(left, right, a, b)
     active[corner.rows, corner.columns] = True
     return active
 

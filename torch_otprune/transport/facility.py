@@ -35,6 +35,7 @@ class FacilityLocation:
 
     def keep(self, size: int) -> Int[Tensor, " size"]:
         """List the kept set of one size in ascending order, after swaps where there were any."""
+        self._known(size)
         return self.improved.get(size, self.order[:size]).sort().values
 
     def gap(self, size: int) -> float:
@@ -44,8 +45,18 @@ class FacilityLocation:
             0 means proven optimal; 0.1 means that at most 10 % can be gained. Loose unless the
             size was given `duals`.
         """
+        self._known(size)
         value, bound = float(self.curve[size]), float(self.bound[size])
         return 0.0 if value <= 0 else min(1.0, max(0.0, (value - bound) / value))
+
+    def _known(self, size: int) -> None:
+        if 0 <= size <= len(self.order):
+            return
+        raise TransportError(
+            f"a set of {size} was not looked for: there are sets of 0 to {len(self.order)}.",
+            where="FacilityLocation, argument size",
+            fix="ask facility_location for larger sizes.",
+        )
 
 
 def facility_location(
@@ -110,6 +121,9 @@ def _checked(cost: Tensor, null: Tensor | None) -> tuple[Tensor, Tensor]:
             fix="pass a matrix, units x candidates, with at least one of each.",
         )
     null = cost.amax(dim=1) if null is None else null.detach().to(cost)
+    _refuse(
+        null.shape != cost.shape[:1], f"null of shape {tuple(null.shape)} has no entry per unit"
+    )
     _refuse(cost.isnan().any() or null.isnan().any(), "a cost is not a number")
     _refuse(null.isinf().any(), "the cost of moving to nothing is infinite")
     scale = float(null.max())
@@ -128,7 +142,7 @@ def _refuse(wrong: Tensor | bool, problem: str) -> None:
 
 def _sizes(sizes: int | Sequence[int] | None, most: int) -> tuple[int, ...]:
     wanted = () if sizes is None else (sizes,) if isinstance(sizes, int) else tuple(sizes)
-    wrong = [k for k in wanted if not 1 <= k <= most]
+    wrong = [k for k in wanted if not 1 <= k <= most or k != int(k)]
     if wrong:
         raise TransportError(
             f"a set of {wrong[0]} is asked of {most} candidates.",
@@ -142,7 +156,8 @@ def _greedy(cost: Tensor, null: Tensor, steps: int) -> tuple[Tensor, Tensor, Ten
     """Add the candidate that saves most, `steps` times."""
     state = _Gains(cost, null)
     order, curve = [], [float(null.sum())]
-    bound = torch.full((steps + 1,), -torch.inf, dtype=cost.dtype)
+    # Like what `lower_bound` returns, on the CPU whatever the default device is.
+    bound = torch.full((steps + 1,), -torch.inf, dtype=cost.dtype, device="cpu")
     checkpoint = 0
     for step in range(steps):
         if step == checkpoint:
@@ -150,7 +165,7 @@ def _greedy(cost: Tensor, null: Tensor, steps: int) -> tuple[Tensor, Tensor, Ten
             checkpoint = max(step + 1, int(step * 1.2))
         order.append(state.take())
         curve.append(state.value())
-    values = torch.tensor(curve, dtype=cost.dtype)
+    values = torch.tensor(curve, dtype=cost.dtype, device="cpu")
     torch.maximum(bound, state.lower_bound(steps), out=bound)
     # A bound above the value it bounds can only be rounding.
     bound = torch.minimum(bound.clamp(min=0), values)

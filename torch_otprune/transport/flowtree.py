@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from torch_otprune.transport.checks import cloud, masses, same_space
+from torch_otprune.transport.checks import at_least_one, cloud, masses, refuse, same_space
 from torch_otprune.transport.exact import Links
 from torch_otprune.transport.reduce import principal
 
@@ -87,11 +87,21 @@ def candidates(
         indices, most alike first, and their upper bounds of W_1.
     """
     query = cloud(query, "query")
+    at_least_one(keep, "keep")
+    refuse(
+        len(clouds) == 0,
+        "there are no clouds to look among.",
+        where="candidates, argument clouds",
+        fix="pass at least one cloud.",
+    )
+    for other in clouds:
+        same_space(query, other)
     middle = torch.stack([cloud(c, "clouds").to(query).mean(0) for c in clouds])
     far = (middle - query.mean(0)).norm(dim=1)
     first = min(len(clouds), 10 * keep if first is None else max(first, keep))
     short = far.argsort(stable=True)[:first]
-    bound = torch.tensor([flowtree(query, clouds[int(i)], seed=seed).distance for i in short])
+    found = [flowtree(query, clouds[int(i)], seed=seed).distance for i in short]
+    bound = torch.tensor(found, device=short.device)
     best = bound.argsort(stable=True)[:keep]
     return short[best], bound[best]
 
@@ -103,11 +113,10 @@ def _codes(x: Tensor, y: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     points = points - points.amin(0)
     side = 2 * float(points.max()) or 1.0
-    shift = torch.rand(points.shape[1], generator=generator, dtype=torch.float64) * side / 2
+    d, where = points.shape[1], torch.device("cpu")
+    shift = torch.rand(d, generator=generator, dtype=torch.float64, device=where) * side / 2
     places = (points + shift.to(points)) / side
-    mixers = torch.randint(
-        -(2**62), 2**62, (points.shape[1],), generator=generator, dtype=torch.int64
-    )
+    mixers = torch.randint(-(2**62), 2**62, (d,), generator=generator, device=where)
     levels = []
     for depth in range(DEPTH, -1, -1):
         # A random linear hash names cells: equal cells get equal names, others almost never.

@@ -15,6 +15,7 @@ __all__ = ["GaussianMap", "fitting", "gaussian", "gaussian_points", "matrix_root
 
 FULL = 4096  # dimensions up to which covariances are formed
 RANK = 512  # directions kept above that
+ROUNDING = 1e-4  # of the largest entry or eigenvalue: what half precision may have left
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +150,13 @@ def matrix_root(
         a symmetric matrix.
     """
     values, vectors = torch.linalg.eigh((cov + cov.mT) / 2)
+    least = values.detach()[..., 0] / values.detach().abs().amax(-1).clamp(min=1e-300)
+    refuse(
+        bool((least < -ROUNDING).any()),
+        f"a covariance has an eigenvalue of {float(least.min()):.2g} times its largest.",
+        where=f"covariance of shape {tuple(cov.shape)}",
+        fix="pass positive semi-definite matrices.",
+    )
     floor = values[..., -1:].clamp(min=0) * cov.shape[-1] * torch.finfo(cov.dtype).eps
     kept = values > floor
     raised = values.where(kept, values.new_ones(())).pow(power).where(kept, values.new_zeros(()))
@@ -158,12 +166,20 @@ def matrix_root(
 
 def fitting(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> None:
     """Refuse moments of different sizes."""
+    dims = mean_x.shape[-1:]
     refuse(
-        cov_x.shape != cov_y.shape or cov_x.shape[-2:] != (mean_x.shape[-1],) * 2,
+        cov_x.shape != cov_y.shape or cov_x.shape[-2:] != dims * 2 or mean_y.shape[-1:] != dims,
         f"covariances of shapes {tuple(cov_x.shape)} and {tuple(cov_y.shape)} do not fit.",
         where=f"gaussian, means of {mean_x.shape[-1]} and {mean_y.shape[-1]} dimensions",
         fix="pass square covariances of the same size as the means.",
     )
+    for cov in (cov_x.detach(), cov_y.detach()):
+        refuse(
+            bool((cov - cov.mT).abs().max() > ROUNDING * cov.abs().max()),
+            "a covariance is not symmetric.",
+            where=f"gaussian, covariances of shape {tuple(cov.shape)}",
+            fix="pass symmetric matrices.",
+        )
 
 
 def _bures(cov_x: Tensor, cov_y: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +207,8 @@ def _main_directions(x: Tensor, y: Tensor) -> Tensor:
     pooled = torch.cat([x, y]).detach()
     if len(pooled) <= RANK:
         return _frame(pooled.T)
-    probe = torch.randn(len(pooled), RANK, generator=torch.Generator().manual_seed(0)).to(pooled)
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(len(pooled), RANK, generator=generator, device="cpu").to(pooled)
     basis = _frame(pooled.T @ probe)
     for _ in range(3):  # subspace iterations sharpen the randomised range finder
         basis = _frame(pooled.T @ (pooled @ basis))

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_otprune.errors import TransportError
 from torch_otprune.transport.checks import refuse
 
 __all__ = ["available", "import_keops", "softmin_keops", "unavailable_because"]
@@ -100,7 +101,14 @@ def import_keops() -> Any:
     os.environ.setdefault("KEOPS_VERBOSE", "0")
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     folder = os.environ.setdefault("KEOPS_CACHE_FOLDER", f"{home}/torch_otprune/keops")
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TransportError(
+            f"there is no folder for compiled formulas at {folder}: {error.strerror}.",
+            where="the environment variable KEOPS_CACHE_FOLDER",
+            fix="set it to a folder that you may write.",
+        ) from error
     with contextlib.redirect_stdout(io.StringIO()):
         import pykeops.torch
     return pykeops.torch
@@ -110,9 +118,9 @@ def _probe() -> str | None:
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++", os.environ.get("CXX", ""))):
         return "no C++ compiler was found"
     try:
-        x = torch.tensor([[0.0], [1.0]])
-        got = softmin_keops(x, x, torch.zeros(2), 1.0, 2.0)
+        x = torch.tensor([[0.0], [1.0]], device="cpu")
+        got = softmin_keops(x, x, x.new_zeros(2), 1.0, 2.0)
     except Exception as error:  # noqa: BLE001 -- pykeops raises many kinds with one meaning
         return f"its first reduction failed: {type(error).__name__}: {error}"
-    want = -torch.full((2,), 1 + math.exp(-1)).log()
+    want = -x.new_full((2,), 1 + math.exp(-1)).log()
     return None if torch.allclose(got, want, atol=1e-5) else "its first reduction was wrong"

@@ -28,7 +28,7 @@ def debiased(
     *,
     p: float,
     eps: float,
-) -> Float[Tensor, " batch"] | None:
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]] | None:
     """Measure the debiased entropic W_p of every pair.
 
     Args:
@@ -40,8 +40,8 @@ def debiased(
         eps: temperature relative to the mean cost of each pair.
 
     Returns:
-        one distance per pair, differentiable; None where a kernel underflowed, so that each pair
-        has to be solved on its own.
+        one distance per pair, differentiable, its temperature and its marginal error; None where a
+        kernel underflowed, so that each pair has to be solved on its own.
     """
     xs, ys, wa, wb = x.detach(), y.detach(), a.detach(), b.detach()
     with torch.no_grad():
@@ -62,7 +62,8 @@ def debiased(
         )
         for cost, side in zip(costs, sides, strict=True):
             value = value + _moving(cost, side, heat, p)
-    return root(value.clamp(min=0).masked_fill(still, 0.0), p)
+    distance = root(value.clamp(min=0).masked_fill(still, 0.0), p)
+    return distance, heat.masked_fill(still, 0.0), found.error
 
 
 def _moving(cost: Tensor, side: _Side, heat: Tensor, p: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.transport.checks import cloud, masses, order_of, same_space
+from torch_otprune.transport.checks import at_least_one, cloud, masses, order_of, same_space
 from torch_otprune.transport.cost import root, sqdist
 
 __all__ = ["pairwise_1d", "quantiles", "sort_rows", "wasserstein_1d"]
@@ -97,6 +97,8 @@ def quantiles(
     Returns:
         bin means, so that their mean is the mean of the column, in the unit of `x`.
     """
+    at_least_one(levels, "levels")
+    x = cloud(x, "x")
     rows = sort_rows(x.T)
     n = rows.shape[1]
     if n % levels == 0:

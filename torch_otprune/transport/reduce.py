@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_otprune.transport.checks import at_least_one, cloud, same_space
 from torch_otprune.transport.dispatch import REDUCED, STORED
 
 __all__ = ["principal"]
@@ -23,14 +24,19 @@ def principal(
 
     Returns:
         both clouds in the new coordinates, and the share of the pooled variance left out, in
-        [0, 1]. Distances can only shrink: those of what was left out are missing.
+        [0, 1]. Distances can only shrink: those of what was left out are missing. Gradients are
+        those of frozen directions.
     """
+    same_space(x, y)
     d = x.shape[1]
     if dims is None:
         dims = d if len(x) * len(y) <= STORED else REDUCED
+    at_least_one(dims, "dims")
     if dims >= d:
         return x, y, 0.0
-    pooled = torch.cat([x, y]).double()
+    x, y = cloud(x, "x"), cloud(y, "y")
+    # Directions are held still: their derivative does not exist where two spreads are equal.
+    pooled = torch.cat([x, y]).detach().double()
     centre = pooled.mean(0)
     pooled -= centre
     values, vectors = torch.linalg.eigh(pooled.T @ pooled)

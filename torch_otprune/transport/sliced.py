@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.transport.checks import cloud, clouds, order_of
+from torch_otprune.transport.ascent import climb
+from torch_otprune.transport.checks import at_least_one, cloud, clouds, order_of, refuse
 from torch_otprune.transport.cost import root, sqdist
 from torch_otprune.transport.exact import Links, solve_line
 from torch_otprune.transport.line import quantiles, wasserstein_1d
@@ -74,6 +75,7 @@ def sliced(
     Limits: never above W_p, and at most W_p apart from it by what is not seen in projections.
     """
     (x, y), p = clouds(x, y), order_of(p)
+    at_least_one(count, "count")
     *batch, n, d = x.shape
     if d == 1:
         return _columns(x, y, p).reshape(batch)
@@ -122,13 +124,15 @@ def max_sliced(
         x: one cloud, or a batch of them.
         y: as many others, in the same space.
         p: order of the distance.
-        steps: power steps from each start, with the matching of the last step frozen.
+        steps: power steps from each start, with the matching of the last step frozen; the best of
+            them is then followed to the top.
         restarts: random starts beside the informed ones.
         seed: of the random starts.
 
     Returns:
         distance and direction of each pair; a lower bound of the maximum, as the problem is not
-        concave.
+        concave. The gradient is that of the local maximum: where matchings tie there, a mixture of
+        theirs.
 
     Source: Deshpande et al. 2019 for the distance; the frozen-matching power step is ours: for a
     fixed matching the squared distance is a quadratic form, and its power step costs n x d.
@@ -138,9 +142,39 @@ def max_sliced(
     xs, ys = x.detach().reshape(-1, n, d), y.detach().reshape(-1, y.shape[-2], d)
     with torch.no_grad():
         theta, taken = _best_directions(xs, ys, p=p, steps=steps, restarts=restarts, seed=seed)
-    theta = theta.reshape(*batch, d)
-    distance = _columns(x @ theta[..., None], y @ theta[..., None], p)[..., 0]
-    return MaxSliced(distance, theta, taken)
+        tops = [_top(*one, p=p) for one in zip(xs, ys, theta, strict=True)]
+    # One side each first, then what the ridges of some of them have more.
+    most = max(len(shares) for _, shares, _ in tops)
+    sides = torch.stack([_filled(side, most) for side, _, _ in tops]).reshape(*batch, d, most)
+    shares = torch.stack([_filled(share, most) for _, share, _ in tops]).reshape(*batch, most)
+    shares = shares / shares.sum(-1, keepdim=True)
+    every = _columns(x @ sides, y @ sides, p)
+    mixed = (every * shares).sum(-1)
+    distance = every[..., 0].detach() + (mixed - mixed.detach())
+    return MaxSliced(distance, sides[..., 0], taken + max(more for _, _, more in tops))
+
+
+def _top(x: Tensor, y: Tensor, theta: Tensor, *, p: float) -> tuple[Tensor, Tensor, int]:
+    """Follow one direction to its local maximum."""
+    ranks = _ranks(x, y)
+
+    def slope(at: Tensor) -> tuple[Tensor, float]:
+        pull, power = _pull(x[None], y[None], at[None, :, None], ranks, p)
+        value = float(power)
+        # Of the logarithm: no unit can overflow it, and a step gains the same share anywhere.
+        if value <= 0:
+            return torch.zeros_like(at), 0.0
+        return pull[0, :, 0] / value, math.log(value) / p
+
+    return climb(slope, theta)
+
+
+def _filled(part: Tensor, most: int) -> Tensor:
+    """Repeat the first side, with no share of its own."""
+    more = most - part.shape[-1]
+    if part.ndim == 1:
+        return torch.nn.functional.pad(part, (0, more))
+    return torch.cat([part, part[:, :1].expand(-1, more)], dim=1)
 
 
 def _best_directions(
@@ -224,6 +258,7 @@ def sliced_features(
     Source: Kolouri, Zou & Rohde 2016: sliced W_2 is Hilbertian, so kernels on it are positive.
     """
     x = cloud(x, "x")
+    at_least_one(count, "count")
     if x.shape[1] > 1:
         x = x @ directions(x.shape[1], count, seed=seed).to(x)
     scale: float = (x.shape[1] * levels) ** 0.5
@@ -243,6 +278,12 @@ def sliced_kernel(
         a symmetric matrix with ones on its diagonal.
     """
     features = cloud(features, "features")
+    refuse(
+        gamma is not None and not 0 <= gamma < math.inf,
+        f"gamma is {gamma}.",
+        where="sliced_kernel, argument gamma",
+        fix="pass a finite inverse squared length of at least 0, or None.",
+    )
     squared = sqdist(features)
     if gamma is None:
         away = squared[~torch.eye(len(squared), dtype=torch.bool, device=squared.device)]

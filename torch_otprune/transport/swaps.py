@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from torch_otprune.transport.checks import refuse
 
 __all__ = ["improve", "lower_bound"]
 
@@ -30,8 +34,7 @@ def improve(
     Source: FastPAM1 (Schubert & Rousseeuw 2021): all swaps of a round from the nearest and the
     second nearest, in one pass. Ours adds the null sink as a medoid that never leaves.
     """
-    cost = cost.double()
-    null = cost.amax(dim=1) if null is None else null.to(cost)
+    cost, null = _priced(cost, null, keep)
     keep = keep.sort().values
     for _ in range(rounds):
         change = _swap_changes(cost, null, keep)
@@ -40,7 +43,29 @@ def improve(
         if float(change[leave, enter]) >= -1e-12 * float(null.sum()):
             break
         keep = torch.cat([keep[:leave], keep[leave + 1 :], keep.new_tensor([enter])]).sort().values
-    return keep, float(_nearest(cost, null, keep)[1].sum())
+    value = float(_nearest(cost, null, keep)[1].sum())
+    refuse(
+        math.isnan(value),
+        "a cost is not a number.",
+        where="improve, arguments cost and null",
+        fix="pass non-negative costs; forbid a single move with an infinite cost.",
+    )
+    return keep, value
+
+
+def _priced(cost: Tensor, null: Tensor | None, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Return costs and nulls in float64, and refuse a set that is none."""
+    names = keep.tolist()
+    refuse(
+        not names
+        or len(set(names)) < len(names)
+        or not 0 <= min(names) <= max(names) < cost.shape[1],
+        f"{names} is no set of candidates.",
+        where=f"argument keep, {cost.shape[1]} candidates",
+        fix="pass indices of candidates, each once.",
+    )
+    cost = cost.double()
+    return cost, cost.amax(dim=1) if null is None else null.to(cost)
 
 
 def _nearest(cost: Tensor, null: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +93,7 @@ def _swap_changes(cost: Tensor, null: Tensor, keep: Tensor) -> Tensor:
 
 def lower_bound(
     cost: Float[Tensor, "units candidates"],
-    null: Float[Tensor, " units"],
+    null: Float[Tensor, " units"] | None,
     keep: Int[Tensor, " kept"],
     *,
     rounds: int,
@@ -80,7 +105,7 @@ def lower_bound(
 
     Args:
         cost: cost of moving unit i onto candidate j.
-        null: cost of moving unit i onto nothing.
+        null: cost of moving unit i onto nothing; None forbids it.
         keep: a good set, whose cost sets the length of the steps.
         rounds: number of steps.
 
@@ -89,6 +114,7 @@ def lower_bound(
 
     Source: Cornuejols, Fisher & Nemhauser 1977; steps after Held, Wolfe & Crowder 1974.
     """
+    cost, null = _priced(cost, null, keep)
     target = float(_nearest(cost, null, keep)[1].sum())
     price = _nearest(cost, null, keep)[2].clone()
     best, relax, since = 0.0, 1.0, 0

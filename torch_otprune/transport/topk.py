@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.transport.checks import finite, refuse
+from torch_otprune.transport.checks import finite, positive, refuse
 
 __all__ = ["soft_topk"]
 
@@ -52,12 +53,7 @@ def soft_topk(
 
 
 def _check(scores: Tensor, k: float, eps: float, costs: Tensor | None) -> None:
-    refuse(
-        not eps > 0,
-        f"eps is {eps}.",
-        where="soft_topk, argument eps",
-        fix="pass a positive softness; for a hard choice use topk.",
-    )
+    positive(eps, "eps")
     wrong = costs is not None and (costs.shape != scores.shape or bool((costs <= 0).any()))
     refuse(
         wrong,
@@ -102,7 +98,7 @@ def _threshold(scores: Tensor, k: float, eps: float, costs: Tensor | None) -> fl
     flat = scores.reshape(-1)
     paid = None if costs is None else costs.reshape(-1)
     total = float(flat.numel() if paid is None else paid.sum(dtype=torch.float64))
-    spread = eps * float(torch.logit(torch.tensor(k / total, dtype=torch.float64)))
+    spread = eps * (math.log(k) - math.log(max(total - k, 1e-300)))
     low, high = (float(end) - spread for end in flat.aminmax())
     t = _start(flat, paid, k / total, eps, (low + high) / 2)
     # The threshold is rounded to the scores' precision, and so is the budget it can meet.
