@@ -37,6 +37,7 @@ from benchmarks.depth_harness import Cell, Spec, paired_latency, run
 OUT = Path(__file__).resolve().parent / "results" / "cifar10_depth.json"
 NETS = ("resnet20", "resnet32")
 RANDOM_DRAWS = 5  # at least: random choices differ more than calibration images do
+PROBE = 256  # images on which sets of blocks are compared: with fewer, seeds choose differently
 ROUNDS, BATCH = 11, 64
 
 DENSE = Spec("dense")
@@ -139,7 +140,8 @@ def ours(model: nn.Module, spec: Spec, inputs: Tensor, *, removed: int, seed: in
         replace=replace,
         repair=tuple(name for name in repairs if name != "none"),
     )
-    policy = otp.Policy(rules=[rule], calibration={"samples": len(inputs)}, seed=seed)
+    seen = {"samples": len(inputs), "probe": min(PROBE, len(inputs))}
+    policy = otp.Policy(rules=[rule], calibration=seen, seed=seed)
     otp.prune_(small, policy, cifar.batches(inputs), timing=0)
     return small
 
@@ -170,6 +172,7 @@ def measure(bench: Bench, spec: Spec, *, removed: int, seed: int) -> dict[str, A
         methods can be compared image by image; `seconds` excludes evaluation.
     """
     inputs, took, small = bench.calibration(seed), Measured(), bench.model
+    _label(bench.model)
     if spec.side != "dense":
         with measured() as took:
             small = SIDES[spec.side](bench.model, spec, inputs, removed=removed, seed=seed)
@@ -197,15 +200,16 @@ def measure(bench: Bench, spec: Spec, *, removed: int, seed: int) -> dict[str, A
     } | bench.clock(small, gone)
 
 
+def _label(model: nn.Module) -> None:
+    """Write its name into every block: copies keep it, wherever a block moves to."""
+    for name in depth_baselines.blocks(model):
+        vars(model.get_submodule(name))["origin"] = name
+
+
 def _gone(dense: nn.Module, small: nn.Module) -> tuple[str, ...]:
-    """Name the blocks that are no block any more; a library may renumber, so by object kind."""
-    left = dict(small.named_modules())
-    gone = [
-        name
-        for name in depth_baselines.blocks(dense)
-        if not isinstance(left.get(name), cifar.BasicBlock)
-    ]
-    return tuple(gone)
+    """Name the blocks of the labelled dense network that the small one lacks."""
+    left = {vars(m)["origin"] for m in small.modules() if isinstance(m, cifar.BasicBlock)}
+    return tuple(name for name in depth_baselines.blocks(dense) if name not in left)
 
 
 def _share(count: Any, small: nn.Module, dense: nn.Module, *args: Tensor) -> float:

@@ -24,6 +24,7 @@ __all__ = [
     "contiguous",
     "embed",
     "layers",
+    "pooled",
     "remove",
     "uniform",
 ]
@@ -37,15 +38,17 @@ def layers(model: Any) -> list[nn.Module]:
     return [m for m in model.encoder.layer if any(True for _ in m.parameters())]
 
 
+def pooled(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """Average every text's states over its tokens and scale to length 1."""
+    mask = attention_mask[:, :, None].to(states.dtype)
+    return F.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=1)
+
+
 @torch.inference_mode()
 def embed(model: Any, batches: Sequence[Batch]) -> Tensor:
-    """Average every text's last states over its tokens and scale to length 1."""
-    found = []
-    for batch in batches:
-        states = model.eval()(**batch).last_hidden_state
-        mask = batch["attention_mask"][:, :, None].to(states.dtype)
-        found.append(F.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=1))
-    return torch.cat(found)
+    """Embed every text: its last states, pooled."""
+    states = (model.eval()(**batch).last_hidden_state for batch in batches)
+    return torch.cat([pooled(x, b["attention_mask"]) for x, b in zip(states, batches, strict=True)])
 
 
 def remove(model: Any, gone: Sequence[int]) -> Any:

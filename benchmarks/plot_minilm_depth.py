@@ -68,7 +68,7 @@ def best(scores: Sequence[Score]) -> dict[int, Score]:
 
 
 HEADER = ["removed", "side", "choice/repair", "cosine to dense", "loss / best baseline"]
-HEADER += ["top-1 %", "top-10 %", "time / dense", "s"]
+HEADER += ["top-1 %", "top-10 %", "time / dense", "texts read", "s"]
 
 
 def _row(score: Score, against: Mapping[int, Score]) -> list[str]:
@@ -83,6 +83,7 @@ def _row(score: Score, against: Mapping[int, Score]) -> list[str]:
         f"{score.average('top1'):.1f}",
         f"{score.average('top10'):.1f}",
         f"{score.average('latency'):.2f}",
+        f"{score.average('samples'):.0f}",
         f"{score.average('seconds'):.1f}",
     ]
 

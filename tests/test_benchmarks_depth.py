@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from benchmarks import (
     depth_baselines,
     depth_harness,
     minilm_depth,
+    minilm_texts,
     plot_cifar10_depth,
     plot_minilm_depth,
 )
@@ -217,6 +220,19 @@ def test_a_method_that_removes_too_few_blocks_is_no_number(
         cifar10_depth.measure(bench, Spec("ours"), removed=2, seed=0)
 
 
+def test_the_blocks_that_are_gone_are_named_though_others_move_up(
+    bench: cifar10_depth.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first(model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        small = copy.deepcopy(model)
+        del small.layer1[0]
+        return small
+
+    monkeypatch.setitem(cifar10_depth.SIDES, "ours", first)
+    row = cifar10_depth.measure(bench, Spec("ours"), removed=1, seed=0)
+    assert row["gone"] == ["layer1.0"]
+
+
 def row(side: str, choice: str, accuracy: float, right: str, **more: Any) -> dict[str, Any]:
     fixed = {"net": "n", "repair": "r", "method": f"{choice}/r", "seed": 0, "removed": 3}
     fixed |= {"test_images": 16, "latency": 0.5, "macs_kept": 0.5, "seconds": 1.0, "blocks": 9}
@@ -276,17 +292,28 @@ def test_docstrings_are_read_once_and_no_source_is_run(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def (")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "c.py").write_text(source.replace("Open", "Shut"))
-    assert minilm_depth.docstrings(tmp_path) == [long]
+    assert minilm_texts.docstrings(tmp_path) == [long]
 
 
 def test_no_text_is_in_two_parts_of_one_seed() -> None:
     texts = [f"text {i}" for i in range(1200)]
-    parts = minilm_depth.split(texts, 2, samples=300)
+    parts = minilm_texts.split(texts, 2, samples=300)
     for seed in range(2):
         both = parts["calibration", seed] + parts["validation", seed] + parts["test", 0]
         assert len(both) == len(set(both))
         assert len(parts["calibration", seed]) == 300
     assert parts["calibration", 0] != parts["calibration", 1]
+
+
+def test_more_texts_are_the_rest_and_others_but_none_that_is_tested() -> None:
+    texts = [f"text {i}" for i in range(1200)]
+    others = texts[:900] + [f"other {i // 2}" for i in range(80)]  # some again, some twice
+    parts = minilm_texts.split(texts, 2, samples=300, others=others)
+    for seed in range(2):
+        named = [parts[n, seed] for n in ("calibration", "validation", "more")]
+        every = [text for part in [*named, parts["test", 0]] for text in part]
+        assert len(every) == len(set(every)) == 1200 + 40
+    assert parts["test", 0] == minilm_texts.split(texts, 1, samples=100)["test", 0]
 
 
 def test_fidelity_of_a_copy_is_full_and_of_a_rotation_keeps_neighbours() -> None:
@@ -362,6 +389,49 @@ def test_the_embedding_does_not_read_padding(encoder: minilm_depth.Bench) -> Non
     assert not torch.equal(other["input_ids"], batch["input_ids"])
     pair = [embed(encoder.model, [b]) for b in (batch, other)]
     torch.testing.assert_close(flat(pair[0]), flat(pair[1]))
+
+
+@with_transformers
+def test_what_the_library_sees_is_the_embedding_that_is_judged(
+    encoder: minilm_depth.Bench,
+) -> None:
+    from benchmarks.minilm_baselines import embed
+
+    texts = encoder.batches["test", 0]
+    seen = minilm_depth.Sentences(encoder.model).eval()
+    torch.testing.assert_close(torch.cat([seen(**t) for t in texts]), embed(encoder.model, texts))
+    torch.testing.assert_close(embed(encoder.model, texts).norm(dim=1), torch.ones(64))
+
+
+@with_transformers
+def test_steps_towards_the_dense_encoder_read_more_texts_and_end_in_a_plain_bert(
+    encoder: minilm_depth.Bench,
+) -> None:
+    from benchmarks.minilm_baselines import embed, layers
+
+    spec = Spec("ours", "transport", "affine+reconstruct")
+    refit = Spec("ours", "transport", "affine+least_squares")
+    encoder.steps = 200
+    small, plain = (minilm_depth.ours(encoder, s, removed=2, seed=0) for s in (spec, refit))
+    assert type(small) is type(encoder.model)
+    assert len(layers(small)) == small.config.num_hidden_layers == 4
+    texts = encoder.batches["more", 0]
+    wanted = embed(encoder.model, texts)
+    near, far = (minilm_depth.fidelity(embed(m, texts), wanted)["cosine"] for m in (small, plain))
+    assert near > far
+
+
+@with_transformers
+def test_only_methods_without_gradient_steps_are_drawn_over_all_seeds(
+    encoder: minilm_depth.Bench,
+) -> None:
+    specs = [*minilm_depth.BASELINES, *minilm_depth.OURS]
+    found = Counter(
+        cell.spec.method for cell in minilm_depth.cells(encoder, specs, [1, 2], seeds=3, slow=2)
+    )
+    assert found["transport/affine+reconstruct"] == 4
+    assert found["uniform/none"] == 2
+    assert found["transport/affine+least_squares"] == found["best_subset/affine"] == 6
 
 
 @with_transformers

@@ -36,7 +36,7 @@ def patient(
 ) -> Patient:
     """Cut a copy and lay both side by side."""
     graph, small = trace(model, batches[0]), copy.deepcopy(model)
-    chosen = random_cuts(graph, seed=seed) if cuts is None else cuts
+    chosen = random_cuts(graph, seed=seed, hidden=False) if cuts is None else cuts
     cut_(small, chosen)
     return Patient(model, small, graph, chosen, chosen, batches)
 
@@ -137,7 +137,7 @@ DOUBLES = ["plain", "mlp", "residual", "flatten", "depthwise", "conv1d", "branch
 def doubled(model: nn.Module, batches: list[Any]) -> tuple[nn.Module, list[Cut]]:
     """Make the last unit of the first group a copy of the one before it, and cut it."""
     graph = trace(model, batches[0])
-    group = graph.groups[0]
+    group = next(g for g in graph.groups if g.kind == "channels")
     for member in group.members:
         module = model.get_submodule(member.path)
         for source, twin in zip(*member.index[-2:], strict=True):

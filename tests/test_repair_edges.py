@@ -17,8 +17,8 @@ from torch_otprune.attach.needs import needs_of
 from torch_otprune.criteria.base import Need
 from torch_otprune.policy.registry import REPAIRS
 from torch_otprune.repair import Note, Patient, Repair, register
+from torch_otprune.repair.goals import relative
 from torch_otprune.repair.lockstep import Pause, Site, distance
-from torch_otprune.repair.reconstruct import _relative
 from torch_otprune.structure import trace
 from torch_otprune.surgery import cut_
 
@@ -161,7 +161,7 @@ def test_steps_in_half_precision_are_not_taken_and_noted(dtype: torch.dtype) -> 
 
 def test_a_silent_output_in_half_precision_has_a_finite_distance() -> None:
     silent = torch.zeros(3, dtype=torch.float16)
-    assert torch.isfinite(_relative(silent, silent))
+    assert torch.isfinite(relative(silent, silent))
 
 
 def test_steps_inside_the_callers_autocast_see_the_new_weights() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_otprune.criteria.layers.look import Look
 from torch_otprune.plan import Drop
 from torch_otprune.plan.replacement import Replacement
 from torch_otprune.policy import Layers
@@ -29,7 +30,7 @@ _ROWS = 4  # per column of a layer: enough to compare blocks, a quarter of what 
 
 
 @dataclass(frozen=True)
-class Ahead:
+class Ahead(Look):
     """Measures what is left after the rule's repair when some blocks of a chain go.
 
     Every call costs a copy of the model, a quick refit on half of the probes, and two forward
@@ -53,10 +54,10 @@ class Ahead:
     fit: Sequence[Any]
     held: Sequence[Any]
     seed: int
-    known: dict[tuple[int, ...], float] = field(default_factory=dict)
+    known: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def __call__(self, gone: Collection[int]) -> float:
-        """Try it.
+        """Try it within the chain.
 
         Args:
             gone: numbers of the blocks that go.
@@ -64,6 +65,17 @@ class Ahead:
         Returns:
             squared change of the output as a share of its power, on held-out samples; NaN where
             the model does not run without them while their places are still held.
+        """
+        return self.among([self.blocks[number].name for number in gone])
+
+    def among(self, gone: Collection[str]) -> float:
+        """Try it with any blocks of the model.
+
+        Args:
+            gone: names of the blocks that go.
+
+        Returns:
+            the same.
         """
         key = tuple(sorted(gone))
         if key not in self.known:
@@ -73,23 +85,23 @@ class Ahead:
                 self.known[key] = nan
         return self.known[key]
 
-    def _tried(self, gone: tuple[int, ...]) -> float:
+    def _tried(self, gone: tuple[str, ...]) -> float:
         with outside_inference(), torch.no_grad():
-            small, drops = copied(self.model), [self._drop(self.blocks[b]) for b in gone]
+            small = copied(self.model)
+            drops = [self._drop(b) for b in self.graph.blocks if b.name in gone]
             exchange_(small, drops)
-            self._mend_(
-                Patient(
-                    self.model,
-                    small,
-                    self.graph,
-                    (),
-                    (),
-                    self.fit,
-                    drops=drops,
-                    gone=drops,
-                    seed=self.seed,
-                )
+            mended = Patient(
+                self.model,
+                small,
+                self.graph,
+                (),
+                (),
+                self.fit,
+                drops=drops,
+                gone=drops,
+                seed=self.seed,
             )
+            self._mend_(mended)
             return distance(self.model, small, self.held)
 
     def _drop(self, block: Block) -> Drop:
@@ -113,7 +125,7 @@ class Ahead:
         elif isinstance(standing, Fitted):
             standing.apply_(patient)
         if refits:
-            LeastSquares(rows_per_column=_ROWS).apply_(patient)
+            LeastSquares(rows_per_column=_ROWS, one_sided=0).apply_(patient)
 
 
 def ahead(

@@ -19,7 +19,7 @@ from torch_otprune.decide import decide
 from torch_otprune.errors import CalibrationError, PolicyError
 from torch_otprune.fold import linearized
 from torch_otprune.plan import Plan, owned_blocks, owned_sites
-from torch_otprune.policy import Channels, Layers, Policy, module_classes
+from torch_otprune.policy import Layers, Policy, Units, module_classes
 from torch_otprune.policy.targets import selects
 from torch_otprune.statistics import (
     ChainEvidence,
@@ -42,6 +42,7 @@ from torch_otprune.statistics.reduce import ranks, ranks_where, share
 from torch_otprune.statistics.sites import watch_sites
 from torch_otprune.structure import Call, Graph, batch_size, head, map_tensors, trace
 from torch_otprune.structure.forward import outside_inference
+from torch_otprune.structure.layers import holder
 from torch_otprune.training import Pressure
 
 __all__ = ["EXAMPLE", "LIVE", "Attached"]
@@ -272,16 +273,17 @@ class Attached:
     def _readers(self, graph: Graph) -> tuple[str, ...]:
         """List the consumers of the groups that some rule reaches."""
         classes = module_classes(self.model)
-        rules = [rule for rule in self.policy.rules if isinstance(rule, Channels)]
+        rules = [rule for rule in self.policy.rules if isinstance(rule, Units)]
         ignore = self.policy.ignore
         reached = [
             group.name
             for group in graph.groups
-            for path in (member.path for member in group.producers)
+            for path in (holder(member.path, classes) for member in group.producers)
             if not selects(ignore, path, classes)
             and any(
                 selects(r.targets, path, classes) and not selects(r.ignore, path, classes)
                 for r in rules
+                if r.unit == group.kind
             )
         ]
         return consumers(graph, reached)

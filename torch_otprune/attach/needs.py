@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch_otprune.criteria.base import Criterion
 from torch_otprune.criteria.layers.base import LayerCriterion
-from torch_otprune.policy import Channels, Layers, Linearize, Policy
+from torch_otprune.policy import Layers, Linearize, Policy, Units
 from torch_otprune.repair.base import Repair
 
 __all__ = ["looks_at_channels", "needs_of"]
@@ -12,7 +12,7 @@ __all__ = ["looks_at_channels", "needs_of"]
 
 def looks_at_channels(policy: Policy) -> bool:
     """Tell whether a policy has anything to do with channels."""
-    return any(isinstance(rule, Channels) for rule in policy.rules)
+    return any(isinstance(rule, Units) for rule in policy.rules)
 
 
 def needs_of(policy: Policy) -> frozenset[str]:
@@ -21,7 +21,7 @@ def needs_of(policy: Policy) -> frozenset[str]:
     needs: set[str] = {"chains"} if layers else set()
     needs |= {need for c in layers if isinstance(c, LayerCriterion) for need in c.needs}
     needs |= {"lines"} if any(isinstance(rule, Linearize) for rule in policy.rules) else set()
-    for rule in (rule for rule in policy.rules if isinstance(rule, Channels)):
+    for rule in (rule for rule in policy.rules if isinstance(rule, Units)):
         needs |= rule.criterion.needs if isinstance(rule.criterion, Criterion) else set()
         for repair in rule.repair:
             needs |= repair.needs if isinstance(repair, Repair) else set()

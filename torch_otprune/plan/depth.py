@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import ceil
 from typing import NoReturn
 
 import torch
 from torch import nn
 
-from torch_otprune.criteria.base import Ranking
 from torch_otprune.criteria.layers.base import LayerCriterion
+from torch_otprune.criteria.layers.look import Look
 from torch_otprune.errors import BudgetError, PolicyError, StructureError
 from torch_otprune.plan.model import Drop, Plan, Refusal
 from torch_otprune.plan.propose import Candidate, Case, Offer, felt, proposes
 from torch_otprune.plan.replacement import Replacement
 from torch_otprune.policy import Layers, Policy, match, module_classes, owner
 from torch_otprune.policy.targets import Classes
-from torch_otprune.statistics.depth import ChainEvidence
 from torch_otprune.statistics.stream import runs
 from torch_otprune.structure.graph import Block, Graph
 
@@ -174,50 +172,33 @@ def _refuse(index: int, rule: Layers, refused: Sequence[Refusal]) -> NoReturn:
     )
 
 
-@dataclass(frozen=True)
-class _Ranked:
-    """A run of blocks, what is known about it, and the order in which its blocks would go."""
-
-    evidence: ChainEvidence
-    ranking: Ranking
-
-    def steps(self) -> dict[str, float]:
-        """Price every block by what it adds to those that go before it.
-
-        A block that is cheap only because others went is priced like the dearest of them, so
-        that none goes before its turn.
-
-        Returns:
-            block to price.
-        """
-        added = (self.ranking.curve[:-1] - self.ranking.curve[1:]).clamp_min(0)
-        prices = added.flip(0).cummax(0).values.flip(0).tolist()
-        order = self.ranking.order.tolist()
-        return {self.evidence.blocks[b]: p for b, p in zip(order, prices, strict=True)}
-
-
 def _candidates(case: Case, index: int, rule: Layers, blocks: Sequence[Block]) -> list[Candidate]:
     assert isinstance(rule.criterion, LayerCriterion)
     _check_unit(case, index, rule.criterion)
     criterion = rule.criterion.following(_standing(rule).kind)
     chains = [case.observation.chain([b.name for b in run]) for run in runs(blocks)]
-    ranked = [_Ranked(evidence, criterion.rank(evidence)) for evidence in chains]
-    prices = {name: price for found in ranked for name, price in found.steps().items()}
-    widths = _settled(case, index, rule, prices)
+    count = rule.dropped(len(blocks))
+    if count is not None:
+        _check_count(case, index, rule, going=count, reached=len(blocks))
+    prices = criterion.price(chains, look=_look(case, blocks), count=count)
+    widths = _settled(prices, count)
     return [
         _candidate(index, rule, block, prices[block.name], widths.get(block.name, (0, 1)))
         for block in blocks
     ]
 
 
-def _settled(
-    case: Case, index: int, rule: Layers, prices: Mapping[str, float]
-) -> dict[str, tuple[int, ...]]:
+def _look(case: Case, blocks: Sequence[Block]) -> Look | None:
+    """Find what tries sets of a rule's blocks; any of its chains offers it for all of them."""
+    found = (c.mended for c in case.observation.chains.values() if blocks[0].name in c.blocks)
+    look = next(found, None)
+    return look if isinstance(look, Look) else None
+
+
+def _settled(prices: Mapping[str, float], count: int | None) -> dict[str, tuple[int, ...]]:
     """Carry out what a rule's own `drop` or `keep` says, cheapest first."""
-    count = rule.dropped(len(prices))
     if count is None:
         return {}
-    _check_count(case, index, rule, going=count, reached=len(prices))
     order = sorted(prices, key=lambda name: (prices[name], name))
     return {name: (0,) if place < count else (1,) for place, name in enumerate(order)}
 

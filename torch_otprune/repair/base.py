@@ -22,8 +22,9 @@ from torch_otprune.statistics.stream import runs
 from torch_otprune.structure.graph import Graph, Tail
 from torch_otprune.structure.layers import (
     BatchNorm,
-    Conv,
     channels,
+    is_dense,
+    is_linear,
     norm_behind,
     norms_behind,
     shared,
@@ -116,8 +117,7 @@ class Patient:
         if path not in self._folds:
             return path
         members = self._folds[path].layers
-        linear = (nn.Linear, Conv)
-        return next(p for p in reversed(members) if isinstance(self.dense.get_submodule(p), linear))
+        return next(p for p in reversed(members) if is_linear(self.dense.get_submodule(p)))
 
     @property
     def behind_lines(self) -> set[str]:
@@ -249,13 +249,29 @@ class Patient:
             return y
         wanted = dense.stream.double() + dense.written.double()
         if (kept := self.kept(site.path)) is not None:  # the stream itself was cut
-            axis = -1 if isinstance(module, nn.Linear) else 1
+            axis = -1 if is_dense(module) else 1
             wanted = wanted.index_select(axis, kept.to(wanted.device))
         moved = wanted - small.stream.double() - small.written.double()
         return y + output_rows(module, moved, at) * gain
 
     def _gain(self, path: str) -> Tensor | float | None:
         """Undo the scale of the batch-norm between a layer and the stream, if there is just one.
+
+        Returns:
+            a factor per channel, 0 where the scale is too small to be undone; None where it
+            cannot be told.
+        """
+        scale = self.scale(path)
+        if not isinstance(scale, Tensor):
+            return scale
+        floor = 1e-3 * scale.abs().max()
+        return torch.where(scale.abs() > floor, 1 / scale, torch.zeros_like(scale))
+
+    def scale(self, path: str) -> Float[Tensor, " out"] | float | None:
+        """Tell what the tail of a layer multiplies its output by.
+
+        Args:
+            path: the layer.
 
         Returns:
             a factor per channel; None where it cannot be told: several norms, one that serves
@@ -270,8 +286,7 @@ class Patient:
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         if norm.weight is not None:
             scale = scale * norm.weight.detach().double()
-        floor = 1e-3 * scale.abs().max()
-        return torch.where(scale.abs() > floor, 1 / scale, torch.zeros_like(scale))
+        return scale
 
 
 def _aims(drop: Drop) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
 from typing import ClassVar, Literal
 
@@ -14,17 +15,20 @@ from torch import Tensor, nn
 from torch_otprune.criteria.base import Need
 from torch_otprune.repair.base import Note, Patient, Repair, register
 from torch_otprune.repair.lockstep import Lockstep, Pause, Site
+from torch_otprune.repair.one_sided import OneSided, Rows, sums_behind
+from torch_otprune.repair.rectified import rectified
 from torch_otprune.repair.solve import Fit, Normal, solve
 from torch_otprune.statistics.patches import columns, full_weight, pick, positions, rows
 from torch_otprune.statistics.reduce import all_sum_
 from torch_otprune.statistics.sites import real
-from torch_otprune.structure.layers import Conv, channels, tensor
+from torch_otprune.structure.layers import Conv, channels, lies_across, tensor
 from torch_otprune.surgery.cut import put_
 from torch_otprune.surgery.exchange import gone
 
 __all__ = ["LeastSquares"]
 
 _HELD = 8  # one sample in this many is held out
+_KEPT = 1 << 25  # entries of a layer's rows that are kept while it is refitted
 
 
 @register
@@ -37,12 +41,17 @@ class LeastSquares(Repair):
     pulls towards the old weights and is chosen on held-out rows. What a batch's `attention_mask`
     calls padding does not count. Everything is in float64.
 
+    Where a rectifier is all that reads a layer, what it writes below zero is lost anyway. So where
+    the dense network is below zero, the target becomes what the fit writes, at most zero, and the
+    layer is fitted again, as long as rows held out gain from it.
+
     Limits: needs a few rows per column of the layer; layers that run more than once per forward
     pass, transposed and 3-D convolutions are left alone and noted.
 
     Source: He et al. 2017 (channel pruning), section 3.2, for the refit; sequential inputs as in
     their section 3.3; ridge towards the old weights, chosen by hold-out, and the drift of the
-    stream in the target are ours.
+    stream in the target are ours. That zeros of a rectifier need not be matched is from Aghasi et
+    al. 2017 (Net-Trim), who solve a convex program; the rounds of least squares are ours.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"moments"})
@@ -60,6 +69,12 @@ class LeastSquares(Repair):
         default="all",
         description="refit every layer from the first that lost inputs, or only those; layers "
         "that only cuts of other rules touch are left to these",
+    )
+    one_sided: int = Field(
+        default=3,
+        ge=0,
+        description="most rounds that let targets below zero go where a rectifier is all that "
+        "reads them; 0 for plain least squares",
     )
 
     def apply_(self, patient: Patient) -> tuple[Note, ...]:
@@ -85,6 +100,9 @@ class LeastSquares(Repair):
     def _walk(self, patient: Patient, sites: Sequence[Site], kind: str) -> tuple[Note, ...]:
         worker = _Refit(self, patient, len(sites), kind)
         if sites:
+            if self.one_sided:
+                few = patient.batches[0]
+                worker.rectified = rectified(patient.dense, patient.small, sites, few)
             with Lockstep(patient.dense, patient.small, patient.batches, sites) as walk:
                 walk.play(worker.mend)
         return tuple(worker.notes)
@@ -128,13 +146,15 @@ class _Refit:
     patient: Patient
     total: int
     kind: str
+    rectified: frozenset[str] = frozenset()
     notes: list[Note] = field(default_factory=list)
     done: int = 0
 
     def mend(self, site: Site, pauses: list[tuple[Pause, Pause]]) -> None:
         module = self.patient.small.get_submodule(site.path)
         old, offset = _old(module, self.patient.absorbs(site.path))
-        fit, held = self._normal(module, site, pauses, offset)
+        look = self._looked(module, site, pauses, offset)
+        fit, held = self._normal(module, site, look)
         parts = [
             (c, o, solve(fit.part(c, o), held.part(c, o), old[c][:, o], ridge=self.setting.ridge))
             for c, o in _blocks(module, offset)
@@ -146,6 +166,10 @@ class _Refit:
             new = old.clone()
             for c, o, part in parts:
                 new[c[:, None], o] = part.weight
+            if next(iter(look())).behind is not None:
+                ridges = [(c, o, part.ridge) for c, o, part in parts]
+                bent = OneSided(look, fit, held, old, ridges).solve(self.setting.one_sided)
+                new = new if bent is None else bent
             self._write(module, site.path, new, old, offset=offset)
         text = "" if accepted else "the refit does worse on held-out rows"
         self.notes.append(
@@ -155,31 +179,60 @@ class _Refit:
         self.patient.progress("least_squares", self.done, self.total)
 
     def _normal(
-        self, module: nn.Module, site: Site, pauses: list[tuple[Pause, Pause]], offset: bool
+        self, module: nn.Module, site: Site, look: Callable[[], Iterable[Rows]]
     ) -> tuple[Normal, Normal]:
-        device = pauses[0][1].inputs.device
+        device, out = tensor(module, "weight").device, self.patient.width(site.path)
+        sums: list[Normal] = []
+        for some in look():
+            width = some.design.shape[1]
+            sums = sums or [Normal.empty(width, out, device) for _ in range(2)]
+            sums[some.held].update(some.design, some.target)
+        fit, held = sums
+        all_sum_([t for n in (fit, held) for t in (n.gram, n.cross, n.power)])
+        return fit, held
+
+    def _looked(
+        self, module: nn.Module, site: Site, pauses: list[tuple[Pause, Pause]], offset: bool
+    ) -> Callable[[], Iterable[Rows]]:
+        """Prepare to go over a site's rows; they are kept where they are few."""
         samples = sum(len(small.inputs) for _, small in pauses)
         wanted = max(ceil(self.setting.rows_per_column * columns(module) / samples), 16)
-        out, first = self.patient.width(site.path), 0
-        width = columns(module) + offset
-        fit, held = Normal.empty(width, out, device), Normal.empty(width, out, device)
+        look = partial(self._rows, module, site, pauses, offset, wanted)
+        size = samples * min(wanted, positions(module, pauses[0][1].inputs))
+        if site.path not in self.rectified or size * columns(module) > _KEPT:
+            return look
+        kept = list(look())
+        return lambda: kept
+
+    def _rows(
+        self,
+        module: nn.Module,
+        site: Site,
+        pauses: list[tuple[Pause, Pause]],
+        offset: bool,
+        wanted: int,
+    ) -> Iterator[Rows]:
+        """Lay out batch by batch, always the same rows."""
+        samples, first = sum(len(small.inputs) for _, small in pauses), 0
+        step = min(_HELD, max(samples, 2))
         for (dense, small), batch in zip(pauses, self.patient.batches, strict=True):
-            total = positions(module, small.inputs)
+            total, size = positions(module, small.inputs), len(small.inputs)
             at = pick(total, wanted, site.path, self.patient.seed + 1)
             design = rows(module, small.inputs, at).double()
             if offset:
                 design = torch.cat([design, design.new_ones(len(design), 1)], dim=1)
             target = self.patient.target(site, dense, small, at, drift=self.setting.drift)
             # whole samples are held out: rows of one image resemble each other
-            owner = first + torch.arange(len(design), device=device) // len(at)
-            first += len(small.inputs)
-            step = min(_HELD, max(samples, 2))
-            last = owner % step == step - 1
-            told = real(batch, len(small.inputs), total)[:, at].flatten().to(device)
-            fit.update(design[told & ~last], target[told & ~last])
-            held.update(design[told & last], target[told & last])
-        all_sum_([t for n in (fit, held) for t in (n.gram, n.cross, n.power)])
-        return fit, held
+            owner = first + torch.arange(len(design), device=design.device) // len(at)
+            first += size
+            told = real(batch, size, total)[:, at].flatten().to(design.device)
+            behind = None
+            if site.path in self.rectified:
+                behind = sums_behind(self.patient, site, dense, small, at)
+            for held in (False, True):
+                some = told & ((owner % step == step - 1) == held)
+                cut = None if behind is None else (behind[0][some], behind[1])
+                yield Rows(design[some], target[some], held, cut)
 
     def _write(
         self, module: nn.Module, path: str, new: Tensor, old: Tensor, *, offset: bool
@@ -224,6 +277,8 @@ def _blocks(module: nn.Module, offset: bool) -> list[tuple[Tensor, Tensor]]:
 def _shaped(module: nn.Module, full: Tensor) -> Tensor:
     """Give a full matrix the shape of the layer's weight."""
     shape = tensor(module, "weight").shape
+    if lies_across(module):
+        return full.T.reshape(shape)
     if not isinstance(module, Conv) or module.groups == 1:
         return full.reshape(shape)
     each = full.shape[1] // module.groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torch_otprune.criteria.base import Ranking, checked
+from torch_otprune.criteria.layers.look import Look, rising
 from torch_otprune.errors import CalibrationError
 from torch_otprune.policy.registry import LAYER_CRITERIA, Setting
 from torch_otprune.statistics.depth import ChainEvidence, SiteEvidence
@@ -47,6 +49,27 @@ class LayerCriterion(Setting, ABC):
         Returns:
             the ranking over blocks; `curve[k]` is what keeping only `order[:k]` costs.
         """
+
+    def price(
+        self, chains: Sequence[ChainEvidence], *, look: Look | None = None, count: int | None = None
+    ) -> dict[str, float]:
+        """Price every block of several chains by what it adds to those that go before it.
+
+        Args:
+            chains: what is known about each.
+            look: tries sets of blocks of all of them, for a criterion that looks ahead.
+            count: how many blocks go; None where a budget decides.
+
+        Returns:
+            block to price; no block of a chain goes before its turn.
+        """
+        prices: dict[str, float] = {}
+        for evidence in chains:
+            ranking = self.rank(evidence)
+            added = (ranking.curve[:-1] - ranking.curve[1:]).clamp_min(0).flip(0).tolist()
+            order = [evidence.blocks[b] for b in ranking.order.flip(0).tolist()]
+            prices |= rising(list(zip(order, added, strict=True)))
+        return prices
 
     def refine(self, evidence: ChainEvidence, keep: Int[Tensor, " kept"]) -> Int[Tensor, " kept"]:
         """Improve the set of one size beyond the nested one.

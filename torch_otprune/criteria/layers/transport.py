@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 from typing import ClassVar, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from torch_otprune.criteria.base import Ranking, settle
 from torch_otprune.criteria.layers.base import LayerCriterion, LayerNeed, register
+from torch_otprune.criteria.layers.look import Look, look_ahead, rising
 from torch_otprune.criteria.layers.runs import best_set, greedy, priced_runs
 from torch_otprune.criteria.layers.spans import Replace, span_costs
 from torch_otprune.statistics.depth import ChainEvidence
@@ -38,14 +40,19 @@ class Transport(LayerCriterion):
     the best set of the chosen size by dynamic programming.
 
     What the output feels is taken to first order, and what the repair of the layers that stay
-    wins back is not in these prices. So each block is taken out once, the rest mended quickly on
-    half of the probes, and its price set to what is left of the output on the other half. A span
-    costs as much more than its blocks as it does to the output before any repair. That is also
-    the unit of the prices of channels.
+    wins back is not in these prices. So a plan tries: it takes each block out, mends the rest
+    quickly on half of the probes, and sees what is left of the output on the other half. The
+    cheapest goes; then those that still could be the next are tried together with it, in
+    whichever stage of the network they are, and so on, at most `trials` times. A block's price is
+    what it adds to those that went before, in the unit of the prices of channels.
 
-    Limits: only single blocks are mended. Runs are priced apart: an error made early also moves
-    what later maps read. Where a rectifier
-    follows the addition, the layer in front can take the map up only where the rectifier is on.
+    `rank` sees one chain and tries single blocks only; there a span costs as much more than its
+    blocks as it does to the output before any repair.
+
+    Limits: a block that is worth much alone is not tried together with others before its turn
+    comes, so a pair of blocks that undo each other may be missed. In `rank`, runs are priced
+    apart: an error made early also moves what later maps read. Where a rectifier follows the
+    addition, the layer in front can take the map up only where the rectifier is on.
     A run beyond `longest_span` is priced as spans in a row, although only the first of them has
     a layer to fold into. The curve never falls as blocks go, even where two blocks undo each
     other: then `refine` finds the pair, and the curve is too high. The ridge is the best of four
@@ -69,6 +76,12 @@ class Transport(LayerCriterion):
         description="bring prices to what taking a block out alone really does, measured on the "
         "probes: after a quick run of the rule's repair, without repair, or not at all",
     )
+    trials: int = Field(
+        default=64,
+        ge=1,
+        description="most sets of blocks that a plan takes out and mends; every block alone is "
+        "always tried",
+    )
     left: float = Field(
         default=0.4,
         gt=0,
@@ -80,6 +93,21 @@ class Transport(LayerCriterion):
         if self.replace is not None:
             return self
         return self.model_copy(update={"replace": _MAPS.get(replacement, "affine")})
+
+    def price(
+        self, chains: Sequence[ChainEvidence], *, look: Look | None = None, count: int | None = None
+    ) -> dict[str, float]:
+        """Let blocks go one by one, and see each time how the others stand now."""
+        names = [name for evidence in chains for name in evidence.blocks]
+        if self.measured == "repair" and look is not None:
+            wanted = len(names) if count is None else count
+            if steps := look_ahead(look, names, count=wanted, trials=self.trials):
+                added = settle(
+                    torch.tensor([more for _, more in steps], dtype=torch.float64, device="cpu")
+                )
+                order = (name for name, _ in steps)
+                return rising(list(zip(order, added.tolist(), strict=True)))
+        return super().price(chains, look=look, count=count)
 
     def rank(self, evidence: ChainEvidence) -> Ranking:
         """Price every span, then remove block by block."""

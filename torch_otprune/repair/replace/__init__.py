@@ -1,7 +1,7 @@
 """What may stand where a block was; importing this fills the table."""
 
 from torch_otprune.plan.replacement import Replacement, register
-from torch_otprune.repair.replace.affine import Affine
+from torch_otprune.repair.replace.affine import Affine, left_to_repair
 from torch_otprune.repair.replace.base import Fitted
 from torch_otprune.repair.replace.bures import Bures
 from torch_otprune.repair.replace.identity import Identity
@@ -16,5 +16,6 @@ __all__ = [
     "LowRank",
     "Replacement",
     "Scale",
+    "left_to_repair",
     "register",
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from torch_otprune.plan.replacement import register
 from torch_otprune.repair.base import Note, Patient
 from torch_otprune.repair.least_squares import LeastSquares
+from torch_otprune.repair.reconstruct import Reconstruct
 from torch_otprune.repair.replace.base import Fitted, hand_norms_
 
-__all__ = ["Affine"]
+__all__ = ["Affine", "left_to_repair"]
 
 
 @register
@@ -34,3 +36,22 @@ class Affine(Fitted):
         """Refit the layers in front of the gaps, and these alone."""
         hand_norms_(patient)
         return LeastSquares().refit_(patient, tuple(patient.aims), kind=self.kind)
+
+
+def left_to_repair(replacement: object, repairs: Iterable[object]) -> bool:
+    """Tell whether a repair fits what stands in for removed blocks, so that nobody else need.
+
+    Args:
+        replacement: of a rule.
+        repairs: of the same rule.
+
+    Returns:
+        whether the layer in front of a gap is among those that a repair refits. The norm behind
+        it must be handed over all the same.
+    """
+    return isinstance(replacement, Affine) and any(map(_refits, repairs))
+
+
+def _refits(repair: object) -> bool:
+    first = repair.least_squares if isinstance(repair, Reconstruct) else repair
+    return isinstance(first, LeastSquares)
