@@ -453,10 +453,11 @@ def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
         return [t.clone() for t in flat_tensors(run(model, batch))]
 
 
-def random_cuts(graph: Graph, *, seed: int = 0) -> list[Cut]:
+def random_cuts(graph: Graph, *, seed: int = 0, hidden: bool = True) -> list[Cut]:
     """Cut a random set of units, never all and never none, from every group."""
     generator = torch.Generator().manual_seed(seed)
-    return [cut(graph, g.name, _some(g.units, generator)) for g in graph.groups]
+    groups = [g for g in graph.groups if hidden or g.kind != "hidden"]
+    return [cut(graph, g.name, _some(g.units, generator)) for g in groups]
 
 
 def _some(units: int, generator: torch.Generator) -> Tensor:

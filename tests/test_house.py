@@ -25,7 +25,6 @@ ROOMS = (
 
 # A package that comes in by one door only.
 DOORS = {
-    "torch_pruning": ("structure",),
     "geomloss": ("transport",),
     "pykeops": ("transport",),
     "scipy": ("transport", "plan"),
@@ -44,7 +43,7 @@ ANYWHERE = {"torch", "pydantic", "jaxtyping", "typing_extensions", "numpy"}
 
 # Slow or loud to import, so the function that needs it imports it.
 LAZY = {
-    "torch_pruning", "geomloss", "pykeops", "scipy", "sklearn", "matplotlib", "rich",
+    "geomloss", "pykeops", "scipy", "sklearn", "matplotlib", "rich",
     "transformers", "lightning", "onnx",
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from torch_otprune.structure.doctor import FATES
 
 
 class Mixed(nn.Module):
-    """A convolution that may go, a stream that a layer-norm blocks, and a layer that never runs."""
+    """Channels that may go, a stream that a sort blocks, and a layer that never runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Mixed(nn.Module):
         self.spare = nn.Linear(2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.down(self.up(x).relu())))
+        return self.head(self.norm(self.down(self.up(x).relu())).sort(-1).values)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_what_stays_has_a_reason(name: str) -> None:
 def test_each_fate_is_told_with_its_reason(found: otp.Diagnosis) -> None:
     fates = {f.parameter: (f.fate, f.reason) for f in found.findings}
     assert fates["up.weight"] == ("prunable", "")
-    assert fates["norm.weight"][0] == "blocked" and "LayerNorm" in fates["norm.weight"][1]
+    assert fates["norm.weight"][0] == "blocked" and "they are sorted" in fates["norm.weight"][1]
     assert fates["head.bias"][0] == "fixed" and "model's output" in fates["head.bias"][1]
     assert fates["spare.weight"] == ("fixed", "'spare' (Linear) did not run on the example")
 
@@ -87,7 +87,9 @@ def test_the_shares_sum_to_one(found: otp.Diagnosis) -> None:
 def test_the_text_names_every_group_and_everything_that_stays(found: otp.Diagnosis) -> None:
     text = str(found)
     assert "group up: 6 units" in text
-    assert all(f.parameter in text for f in found.findings if f.fate != "prunable")
+    stays = [f.parameter for f in found.findings if f.fate != "prunable"]
+    assert all(name.rpartition(".")[0] in text for name in stays)
+    assert all(name in found.listed() for name in stays)
 
 
 def test_json_loses_nothing(found: otp.Diagnosis) -> None:
@@ -190,15 +192,87 @@ def test_blocks_that_follow_one_another_share_a_chain() -> None:
     ]
 
 
-def test_the_halves_of_a_transformer_layer_are_parts_and_free_less_than_the_layer() -> None:
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+class Halves(nn.Module):
+    """A layer that adds twice to its stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.mlp = (nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(x)
+        out: Tensor = x + self.mlp(x)
+        return out
+
+
+def test_the_halves_of_a_layer_are_parts_and_free_less_than_the_layer() -> None:
+    model = nn.Sequential(Halves(), Halves(), nn.Linear(8, 3))
     found = otp.doctor(model, torch.randn(2, 5, 8))
     whole = {b.block: b for b in found.blocks if b.level == "layer"}
     parts = [b for b in found.blocks if b.level == "part"]
-    assert set(whole) == {"layers.0", "layers.1"} and len(parts) == 4
+    assert set(whole) == {"0", "1"} and len(parts) == 4
     for part in parts:
-        layer = whole[".".join(part.block.split(".")[:2])]
+        layer = whole[part.block.split(".")[0]]
         assert layer.params.after < part.params.after < part.params.before
+
+
+def test_halves_that_their_layer_looks_into_are_stuck_as_the_plan_would_say() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model, x = (
+        nn.Sequential(nn.TransformerEncoder(layer, 3), nn.Linear(8, 2)).eval(),
+        [torch.randn(8, 5, 8)],
+    )
+    found = otp.doctor(model, x[0])
+    assert {b.block for b in found.blocks if b.level == "layer"} == {"0.layers.1", "0.layers.2"}
+    assert not [b for b in found.blocks if b.kind == "branch"]
+    stuck = {s.name: s for s in found.stuck}
+    halves = {f"0.layers.{i}.{half}" for i in range(3) for half in ("self_attn", "linear2")}
+    assert halves | {"0.layers.0"} <= set(stuck)  # nn.TransformerEncoder looks into its first layer
+    for name in ("0.layers.0", *sorted(halves)):
+        assert stuck[name].reason.startswith("without it the model does not run: ")
+        assert stuck[name].fix.startswith("leave it, or let the model use and return nothing")
+        with pytest.raises(StructureError) as error:
+            otp.prune_(model, otp.Policy(rules=otp.Layers(targets=name, drop=1)), x, timing=0)
+        assert stuck[name].reason in error.value.problem
+
+
+def test_looking_for_what_can_go_leaves_the_model_as_it_was() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    modules, flags = dict(model.named_modules()), [m.training for m in model.modules()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    otp.doctor(model, torch.randn(2, 5, 8))
+    assert dict(model.named_modules()) == modules and [m.training for m in model.modules()] == flags
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            lambda: nn.Sequential(nn.Linear(8, 8), *(Halves() for _ in range(4))),
+            "4 in 1 run: 1 ... 4",
+        ),
+        (
+            lambda: nn.Sequential(Halves(), nn.Linear(8, 8), nn.Linear(8, 8), Halves(), Halves()),
+            "3 in 2 runs",
+        ),
+    ],
+)
+def test_a_run_without_gaps_is_written_from_its_first_number_to_its_last(
+    model: Any, said: str
+) -> None:
+    rows = tables(otp.doctor(model(), torch.randn(2, 5, 8)))["blocks"]
+    assert rows[0][:2] == ("*", said)
+
+
+def test_only_the_numbers_that_differ_become_stars_and_a_module_s_tensors_share_a_row() -> None:
+    model = nn.Sequential(nn.Sequential(*(Halves() for _ in range(3))), nn.Linear(8, 2))
+    model.register_parameter("loose", nn.Parameter(torch.zeros(3)))
+    rows = tables(otp.doctor(model, torch.randn(2, 5, 8)))
+    assert {row[0] for row in rows["blocks"] if "branch" in row[2]} == {"0.*.mix", "0.*.mlp"}
+    stays = {row[0]: row[1] for row in rows["stays"]}
+    assert stays["0.*.mix.0.weight|bias"] == "6"
+    assert "loose" in stays
 
 
 def test_a_parameter_says_with_which_block_it_goes() -> None:
@@ -280,18 +354,6 @@ def test_a_row_for_several_is_a_target_for_all_of_them() -> None:
 def test_numbers_in_a_sentence_are_no_paths() -> None:
     said = "it runs 3 times, reads [6, 8] and 'a.0.b' (x2)"
     assert pattern(said) == "it runs 3 times, reads [6, 8] and 'a.*.b' (x2)"
-
-
-def test_where_channels_cannot_be_followed_the_blocks_are_still_listed() -> None:
-    cases = pytest.importorskip("transformers_cases", reason="Transformers is not installed")
-    case = cases.CASES["gpt2"]
-    model = case.model()
-    with pytest.raises(StructureError, match="dependency trace failed"):
-        trace(model, case.example())
-    found = otp.doctor(model, case.example())
-    assert len([b for b in found.blocks if b.level == "layer"]) == cases.DEPTH
-    assert found.share("blocked") == 1 and found.groups == ()
-    assert all("the dependency trace failed" in f.reason for f in found.findings)
 
 
 def test_a_reason_that_is_long_is_told_once_and_counted_elsewhere() -> None:

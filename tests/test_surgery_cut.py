@@ -48,7 +48,7 @@ def _zero(module: Any, gone: Tensor) -> None:
 @given(seed=st.integers(0, 10**6))
 def test_pruned_equals_masked(name: str, seed: int) -> None:
     model, batch = CASES[name].model(), CASES[name].batch()
-    cuts = random_cuts(trace(model, batch), seed=seed)
+    cuts = random_cuts(trace(model, batch), seed=seed, hidden=False)
     expected = outputs(silenced(model, cuts), batch)
     cut_(model, cuts)
     assert gap(expected, outputs(model, batch)) < 1e-10
@@ -57,7 +57,7 @@ def test_pruned_equals_masked(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_our_own_oracle_agrees_with_silenced_weights(name: str) -> None:
     model, batch = CASES[name].model(), CASES[name].batch()
-    cuts = random_cuts(trace(model, batch), seed=3)
+    cuts = random_cuts(trace(model, batch), seed=3, hidden=False)
     with masked(model, cuts):
         got = outputs(model, batch)
     assert gap(outputs(silenced(model, cuts), batch), got) < 1e-12

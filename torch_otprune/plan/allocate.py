@@ -21,6 +21,7 @@ __all__ = ["Allocation", "Choice", "allocate"]
 
 LANDING = 0.99  # a budget used less than this is explained
 LARGEST = 1 << 62  # costs are 64-bit integers
+_NONE: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,17 @@ def allocate(
     Costs must not fall where a width grows.
     """
     dense = _check(choices, costs, limits)
-    problem = _problem(choices, costs, limits)
-    _reachable(problem, costs, dense)
-    if problem.fits(problem.most):
-        return _allocation(problem, problem.most, "greedy")
-    return _allocation(problem, *solve(problem, solver))
-
-
-def _allocation(problem: Problem, state: State, solver: str) -> Allocation:
+    problem, blocks = _problem(choices, costs, limits), _blocks(costs)
+    _reachable(problem, costs, dense, blocks)
+    whole = problem.fits(problem.most)
+    state, by = (problem.most, "greedy") if whole else solve(problem, solver)
     keep = dict(zip(problem.names, problem.kept(state), strict=True))
-    return Allocation(keep, solver, _notes(problem, state))
+    return Allocation(keep, by, _notes(problem, state, blocks))
+
+
+def _blocks(costs: Mapping[str, CostModel]) -> frozenset[str]:
+    """List the choices that are whole layers, which go or stay."""
+    return frozenset(term.owner for term in costs["layers"].terms) if "layers" in costs else _NONE
 
 
 def _problem(
@@ -178,7 +180,12 @@ def _check_cost(model: CostModel, dense: Mapping[str, int]) -> None:
         )
 
 
-def _reachable(problem: Problem, costs: Mapping[str, CostModel], dense: Mapping[str, int]) -> None:
+def _reachable(
+    problem: Problem,
+    costs: Mapping[str, CostModel],
+    dense: Mapping[str, int],
+    blocks: frozenset[str],
+) -> None:
     """Refuse a limit below what the narrowest widths cost."""
     keep = dict(zip(problem.names, problem.kept(problem.least), strict=True))
     for measure in problem.measures:
@@ -187,17 +194,33 @@ def _reachable(problem: Problem, costs: Mapping[str, CostModel], dense: Mapping[
         if least <= measure.limit:
             continue
         percent = ceil(1000 * least / max(whole, 1)) / 10
-        blockers = "; ".join(_blockers(model, keep))
+        held = f"most of the least is {'; '.join(_blockers(model, keep, blocks))}"
+        if measure.name == "layers":
+            held = f"kept by rules of their own: {', '.join(sorted(b for b in blocks if keep[b]))}"
+        ways = _ways(problem, measure.name, dense, blocks)
         raise BudgetError(
             f"a budget of {measure.limit:,} {measure.name} ({measure.limit / max(whole, 1):.1%}) "
             f"cannot be reached: the least is {least:,} ({percent:.1f}%).",
-            where=f"Budget.{measure.name}; most of the least is {blockers}",
-            fix=f"keep at least {percent:.1f}% of {measure.name}; or lower min_keep, multiple_of "
-            "or keep of the rules, or target more groups.",
+            where=f"Budget.{measure.name}; {held}",
+            fix=f"keep at least {percent:.1f}% of {measure.name}; or {ways}.",
         )
 
 
-def _blockers(model: CostModel, keep: Mapping[str, int]) -> list[str]:
+def _ways(problem: Problem, measure: str, dense: Mapping[str, int], blocks: frozenset[str]) -> str:
+    """Say what else would reach a budget, in the words of the rules that are there."""
+    choices = list(zip(problem.names, problem.widths, strict=True))
+    ways = []
+    if any(name in blocks and list(widths) == [1] for name, widths in choices):
+        ways += ["raise drop, or lower keep, of the rules about layers"]
+    if measure != "layers" and blocks:
+        ways += ["target more layers"]
+    narrows = any(name not in blocks and widths[0] < dense[name] for name, widths in choices)
+    if measure != "layers" and (narrows or not blocks):
+        ways += ["lower min_keep, multiple_of or keep of the rules", "target more groups"]
+    return ", or ".join(ways)
+
+
+def _blockers(model: CostModel, keep: Mapping[str, int], blocks: frozenset[str]) -> list[str]:
     """Name the three layers that cost most at the narrowest widths, and what holds them."""
     price: Counter[str] = Counter()
     groups: dict[str, set[str]] = {}
@@ -205,17 +228,21 @@ def _blockers(model: CostModel, keep: Mapping[str, int]) -> list[str]:
         price[term.owner] += term.at(keep)
         named = {name for dim in term.dims for name, _ in dim.by_group}
         groups.setdefault(term.owner, set()).update(named)
-    worst = sorted(price, key=lambda owner: (-price[owner], owner))[:3]
-    return [f"{owner} {price[owner]:,} ({_held(sorted(groups[owner]), keep)})" for owner in worst]
+    priced = (owner for owner in price if price[owner])
+    worst = sorted(priced, key=lambda owner: (-price[owner], owner))[:3]
+    held = (_held(sorted(groups[owner]), keep, blocks) for owner in worst)
+    return [f"{owner} {price[owner]:,} ({why})" for owner, why in zip(worst, held, strict=True)]
 
 
-def _held(groups: Sequence[str], keep: Mapping[str, int]) -> str:
-    if not groups:
-        return "fixed"
-    return "at the least width of " + ", ".join(f"{name}: {keep[name]}" for name in groups)
+def _held(groups: Sequence[str], keep: Mapping[str, int], blocks: frozenset[str]) -> str:
+    """Say why a layer costs no less: its width, or the block that it is part of."""
+    stays = [f"layer '{name}' stays" for name in groups if name in blocks and keep[name]]
+    widths = [f"{name}: {keep[name]}" for name in groups if name not in blocks]
+    held = [f"at the least width of {', '.join(widths)}"] if widths else []
+    return ", ".join([*stays, *held]) or "fixed"
 
 
-def _notes(problem: Problem, state: State) -> tuple[str, ...]:
+def _notes(problem: Problem, state: State, blocks: frozenset[str]) -> tuple[str, ...]:
     """Say why the budget is not used up, where it is not."""
     slack = problem.slack(state)
     used = [1 - s / max(m.limit, 1) for s, m in zip(slack, problem.measures, strict=True)]
@@ -228,10 +255,10 @@ def _notes(problem: Problem, state: State) -> tuple[str, ...]:
     if whole:
         return (f"The widest allowed widths leave {share} unused.",)
     kept, wider = (int(problem.widths[group][state[group] + up]) for up in (0, 1))
-    return (
-        f"{share} stay unused, because the smallest step left, group {problem.names[group]} "
-        f"from {kept} to {wider} units, costs {cost:,}.",
-    )
+    step = f"group {problem.names[group]} from {kept} to {wider} units"
+    if problem.names[group] in blocks:
+        step = f"keeping the layer '{problem.names[group]}'"
+    return (f"{share} stay unused, because the smallest step left, {step}, costs {cost:,}.",)
 
 
 def _least_step(problem: Problem, state: State) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from torch_otprune.errors import BudgetError
 from torch_otprune.plan.allocate import Choice, allocate
 from torch_otprune.plan.model import Cost, Cut, Drop, Plan
 from torch_otprune.plan.propose import PROPOSERS, Candidate, Case, Offer
-from torch_otprune.policy import Linearize, Policy
+from torch_otprune.policy import Layers, Linearize, Policy
 from torch_otprune.statistics.observation import Observation
 from torch_otprune.structure.fingerprint import fingerprint
 from torch_otprune.structure.graph import CostModel, Dim, Graph, Term
@@ -21,6 +21,14 @@ from torch_otprune.structure.graph import CostModel, Dim, Graph, Term
 __all__ = ["make_plan"]
 
 _FEW = 32  # samples below which a plan says how few they were
+
+
+_LESS_WIDTH = "lower the budget or a rule's keep, or drop multiple_of and min_keep."
+_LESS_DEPTH = "lower the budget or a rule's keep, or give it a drop."
+
+
+def _depth(policy: Policy) -> bool:
+    return all(isinstance(rule, Layers) for rule in policy.rules)
 
 
 def make_plan(
@@ -59,7 +67,7 @@ def make_plan(
         raise BudgetError(
             "nothing would be removed.",
             where=_where(policy, candidates),
-            fix="lower the budget or a rule's keep, or drop multiple_of and min_keep.",
+            fix=_LESS_DEPTH if _depth(policy) else _LESS_WIDTH,
         )
     drops = tuple(d for d in made if isinstance(d, Drop))
     plan = Plan(
@@ -152,10 +160,8 @@ def _where(policy: Policy, candidates: Sequence[Candidate]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch-otprune", "torch", "torch-pruning")
-    return {"python": platform.python_version(), "torch": torch.__version__} | {
-        name: _version(name) for name in names if name != "torch"
-    }
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    return found | {"torch-otprune": _version("torch-otprune")}
 
 
 def _version(name: str) -> str:

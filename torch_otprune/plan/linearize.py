@@ -126,8 +126,8 @@ def amount(index: int, policy: Policy, sizes: Sequence[int]) -> int:
         sizes: how many can go together, ascending from 0; the last is the most.
 
     Returns:
-        one of the sizes. A share that falls between two takes the smaller one, but not 0 where
-        something was to go.
+        one of the sizes. A share is rounded as for layers, to a number that can go: of `drop`
+        what goes is rounded down, but not to 0; of `keep` what stays is.
 
     Raises:
         BudgetError: if a number of activations cannot go.
@@ -146,20 +146,21 @@ def amount(index: int, policy: Policy, sizes: Sequence[int]) -> int:
         )
     if wanted in sizes:
         return wanted
-    if _share(rule) and wanted < most:
+    if isinstance(rule.drop, float):
         return max((s for s in sizes if 0 < s < wanted), default=min(s for s in sizes if s))
-    asked = f"drops {wanted}" if rule.keep is None else f"keeps {rule.keep.value}"
-    others = ", ".join(str(s) for s in sizes if s)
+    if rule.keep is not None and rule.keep.relative:
+        return min(s for s in sizes if s > wanted)  # `wanted` is at most the last of them
+    field, asked, can = "drop", f"drops {wanted}", [str(s) for s in sizes if s]
+    if rule.keep is not None:
+        field, asked = "keep", f"keeps {rule.keep.value}"
+        can = [str(most - s) for s in reversed(sizes) if s]
     raise BudgetError(
-        f"rule {index} {asked} of {most} activations; {others} can go.",
-        where=f"Policy.rules[{index}].drop",
+        f"rule {index} {asked} of {most} activations; {', '.join(can)} can "
+        f"{'go' if field == 'drop' else 'stay'}.",
+        where=f"Policy.rules[{index}].{field}",
         fix="choose one of these numbers, target more, or let activations go that fold nothing: "
         "unfolded='allow'.",
     )
-
-
-def _share(rule: Linearize) -> bool:
-    return isinstance(rule.drop, float) or (rule.keep is not None and rule.keep.relative)
 
 
 def refuse_all(index: int, rule: Linearize, refused: Sequence[Refusal]) -> NoReturn:

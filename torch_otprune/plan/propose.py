@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import sqrt
@@ -16,11 +16,21 @@ from torch_otprune.errors import StructureError, TargetError
 from torch_otprune.plan.model import Cut, Drop, Refusal
 from torch_otprune.plan.price import dropped, repaired, weighted
 from torch_otprune.plan.slices import slices
-from torch_otprune.policy import Channels, Policy, Rule, match, module_classes, owner
+from torch_otprune.policy import (
+    Channels,
+    Heads,
+    Hidden,
+    Policy,
+    Rule,
+    Units,
+    match,
+    module_classes,
+    owner,
+)
 from torch_otprune.statistics.evidence import Evidence, gather
 from torch_otprune.statistics.observation import Observation
 from torch_otprune.structure.graph import Block, Blocked, Graph, Group
-from torch_otprune.structure.layers import shared
+from torch_otprune.structure.layers import holder, shared
 
 __all__ = ["PROPOSERS", "Candidate", "Case", "Offer", "felt", "proposes"]
 
@@ -106,12 +116,14 @@ def proposes(kind: type[Rule]) -> Callable[[Proposer], Proposer]:
 
 
 @proposes(Channels)
-def propose_channels(case: Case, rules: Mapping[int, Channels]) -> Offer:
-    """Offer every channel group that a rule owns whole.
+@proposes(Heads)
+@proposes(Hidden)
+def propose_units(case: Case, rules: Mapping[int, Units]) -> Offer:
+    """Offer every group of one kind that a rule owns whole.
 
     Args:
         case: the model and what is known.
-        rules: the policy's channel rules by index.
+        rules: the policy's rules about that kind of units, by index.
 
     Returns:
         candidates and refusals.
@@ -135,16 +147,17 @@ def propose_channels(case: Case, rules: Mapping[int, Channels]) -> Offer:
 
 
 def _owned(
-    case: Case, rules: Mapping[int, Channels], classes: Mapping[str, tuple[str, ...]]
+    case: Case, rules: Mapping[int, Units], classes: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, int], list[Refusal]]:
     """Assign groups to rules; a group that no rule owns whole stays."""
     indices = list(rules)
     owned: dict[str, int] = {}
     refused: list[Refusal] = []
     ignore = case.policy.ignore
-    everything: tuple[Group | Blocked, ...] = (*case.graph.groups, *case.graph.blocked)
-    for group in everything:
-        paths = [m.path for m in group.producers] if isinstance(group, Group) else [group.name]
+    unit = next(iter(rules.values())).unit
+    for group in _considered(case, unit):
+        members = [m.path for m in group.producers] if isinstance(group, Group) else [group.name]
+        paths = [holder(path, classes) for path in members]
         found = {p: owner(list(rules.values()), p, classes, ignore=ignore) for p in paths}
         reached = {indices[i] for i in found.values() if i is not None}
         if len(reached) > 1:
@@ -155,16 +168,36 @@ def _owned(
             )
         if not reached:
             continue
-        if why := _objection(case, group, [p for p in paths if found[p] is None]):
+        if why := _objection(case, group, [p for p in paths if found[p] is None], unit):
             refused.append(Refusal(group=group.name, reason=why[0], fix=why[1]))
         else:
             owned[group.name] = reached.pop()
     return owned, refused
 
 
-def _objection(case: Case, group: Group | Blocked, missed: Sequence[str]) -> tuple[str, str] | None:
+def _considered(case: Case, unit: str) -> Iterator[Group | Blocked]:
+    """List what rules about one kind of units look at; others' groups have rules of their own."""
+    others = {rule.unit for rule in case.policy.rules if isinstance(rule, Units)} - {unit}
+    for group in case.graph.groups:
+        if group.kind == unit or (unit == "channels" and group.kind not in others):
+            yield group
+    if unit == "channels":
+        yield from case.graph.blocked
+
+
+_OTHER = {
+    "heads": ("they are heads of an attention", "cut them by a rule otp.Heads."),
+    "hidden": ("a norm takes all of them together", "cut the stream's width by a rule otp.Hidden."),
+}
+
+
+def _objection(
+    case: Case, group: Group | Blocked, missed: Sequence[str], unit: str
+) -> tuple[str, str] | None:
     if isinstance(group, Blocked):
         return group.reason, group.fix
+    if group.kind != unit:
+        return _OTHER[group.kind]
     if group.name in case.banned:
         return case.banned[group.name], "report the model: its trace misses an op."
     if missed:
@@ -176,19 +209,30 @@ def _objection(case: Case, group: Group | Blocked, missed: Sequence[str]) -> tup
     return None
 
 
-def _nothing(case: Case, index: int, rule: Rule, refused: Sequence[Refusal]) -> None:
+_NONE = {
+    "channels": "no linear layer among the targets",
+    "heads": "no attention with several heads among the targets",
+    "hidden": "no stream that a norm takes as one among the targets",
+}
+_TARGET = {
+    "channels": "target convolutions or linear layers that feed others.",
+    "heads": "target the attention layers, as the doctor lists them.",
+    "hidden": "leave targets at auto; the stream of a network with batch-norms is for Channels.",
+}
+
+
+def _nothing(case: Case, index: int, rule: Units, refused: Sequence[Refusal]) -> None:
     reasons = (
-        "; ".join(f"{r.group or 'the model'}: {r.reason}" for r in refused[:3])
-        or "no linear layer among the targets"
+        "; ".join(f"{r.group or 'the model'}: {r.reason}" for r in refused[:3]) or _NONE[rule.unit]
     )
     raise StructureError(
         f"rule {index} reaches nothing that can be cut ({reasons}).",
         where=f"Policy.rules[{index}].targets = {', '.join(rule.targets)}",
-        fix=refused[0].fix if refused else "target convolutions or linear layers that feed others.",
+        fix=refused[0].fix if refused else _TARGET[rule.unit],
     )
 
 
-def _candidate(case: Case, group: Group, index: int, rule: Channels) -> Candidate:
+def _candidate(case: Case, group: Group, index: int, rule: Units) -> Candidate:
     criterion = rule.criterion
     assert isinstance(criterion, Criterion)
     evidence = _evidence(case, group)

@@ -13,8 +13,9 @@ from torch_otprune.policy.registry import (
     Setting,
     Table,
 )
-from torch_otprune.policy.rules import Channels, Layers, Linearize, Rule
+from torch_otprune.policy.rules import Layers, Linearize, Rule
 from torch_otprune.policy.targets import match, module_classes, owner
+from torch_otprune.policy.width import Channels, Heads, Hidden, Units
 
 __all__ = [
     "CRITERIA",
@@ -27,12 +28,15 @@ __all__ = [
     "Budget",
     "Calibration",
     "Channels",
+    "Heads",
+    "Hidden",
     "Layers",
     "Linearize",
     "Policy",
     "Rule",
     "Setting",
     "Table",
+    "Units",
     "match",
     "module_classes",
     "owner",

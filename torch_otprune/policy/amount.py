@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from torch_otprune.policy.base import problem, short, translated
 
-__all__ = ["Amount", "AmountLike"]
+__all__ = ["Amount", "AmountLike", "Several"]
 
 _SUFFIX = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 _NUMBER = r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,2})?)"
@@ -26,11 +26,12 @@ _PATTERN = rf"^\s*{_NUMBER}\s*(%|[kKMGBT]?)\s*$"
 class Amount:
     """What is kept, relative or absolute.
 
-    A number up to 1 is a fraction of the dense value, and so is a percentage; a larger
-    whole number is a count. 1 is everything, never a single unit.
+    A float up to 1 is a fraction of the dense value, and so is a percentage; a whole number is a
+    count. Of channels, parameters and MACs, a bare 1 is read as everything: nobody wants one of
+    them. Of layers and activations, which are few, it is one: `Several` reads those.
 
     Args:
-        value: a float in (0, 1] for a fraction, an int of at least 2 for a count.
+        value: a float in (0, 1] for a fraction, an int of at least 1 for a count.
 
     Example:
         >>> [Amount.read(x).value for x in (0.5, "50%", 1, "1.2M", 300)]
@@ -40,6 +41,10 @@ class Amount:
     """
 
     value: float | int
+    relative: bool = field(init=False, repr=False)  # so that a single one is not equal to all
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "relative", isinstance(self.value, float))
 
     @classmethod
     def read(cls, value: object, *, where: str = "Amount") -> Amount:
@@ -72,14 +77,9 @@ class Amount:
         raise problem(f"{short(value)} is no amount.", fix=_FIX)
 
     @property
-    def relative(self) -> bool:
-        """Tell a fraction from a count."""
-        return isinstance(self.value, float)
-
-    @property
     def everything(self) -> bool:
         """Tell whether nothing has to go."""
-        return self.value == 1
+        return self.relative and self.value == 1
 
     def of(self, dense: int) -> int:
         """Evaluate at the dense value, rounding down.
@@ -118,6 +118,25 @@ class Amount:
 AmountLike = Amount | float | str
 
 _FIX = "write a fraction such as 0.5, a percentage such as '50%', or a count such as 300 or '1.2M'."
+
+
+def _several(value: object) -> object:
+    """Read a whole number as a count, 1 included, where things are few.
+
+    Args:
+        value: what a user wrote.
+
+    Returns:
+        an amount; anything but a whole number as it was, for `Amount.parse`.
+    """
+    text = re.fullmatch(r"\s*(\d+)\s*", value) if isinstance(value, str) else None
+    number = int(text[1]) if text else value
+    if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+        return value
+    return Amount(int(number))
+
+
+Several = Annotated[Amount, BeforeValidator(_several)]
 
 
 def _from_text(text: str, number: str, suffix: str) -> Amount:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
-from torch_otprune.policy.amount import Amount, AmountLike
+from torch_otprune.policy.amount import Amount, AmountLike, Several
 from torch_otprune.policy.base import Declaration, problem
 from torch_otprune.policy.registry import RULES, Entry
-from torch_otprune.policy.rules import Count, Layers, Patterns, Rule, listed
+from torch_otprune.policy.rules import Count, Layers, Linearize, Patterns, Rule, listed
 from torch_otprune.policy.yaml_io import dump_yaml, load_yaml
 
 __all__ = ["Budget", "Calibration", "Policy"]
@@ -34,10 +34,10 @@ class Budget(Declaration):
         description="multiply-accumulates of one forward pass on the example kept at most: "
         "a fraction of all, or a count (1 MAC = 2 FLOPs)",
     )
-    layers: Amount | None = Field(
+    layers: Several | None = Field(
         default=None,
-        description="layers kept at most, of those that a `layers` rule may remove: a fraction, "
-        "or a count",
+        description="layers kept at most, of those that a `layers` rule may remove: a whole "
+        "number counts them, 1 included; a fraction or a percentage is a share",
     )
     weighting: Literal["output", "uniform", "none"] = Field(
         default="output",
@@ -146,8 +146,9 @@ class Policy(Declaration):
         asked = any(rule.asks for rule in self.rules)
         if not asked and all(amount.everything for amount in limits.values()):
             raise problem(
-                "nothing would be pruned: no rule has a `keep` and no budget asks for less.",
-                fix="give a rule a `keep`, or the policy a budget such as Budget(macs='50%').",
+                f"nothing would be pruned: no rule has a `{self._amount}` and no budget asks for "
+                "less.",
+                fix=self._ask,
                 key="budget",
             )
         if "layers" in limits and not any(isinstance(rule, Layers) for rule in self.rules):
@@ -157,6 +158,20 @@ class Policy(Declaration):
                 key="budget",
             )
         return self
+
+    @property
+    def _amount(self) -> str:
+        """Name the field in which these rules say how much goes."""
+        depth = all(isinstance(rule, (Layers, Linearize)) for rule in self.rules)
+        return "drop" if depth else "keep"
+
+    @property
+    def _ask(self) -> str:
+        """Say how these rules could be made to remove something."""
+        if all(isinstance(rule, Linearize) for rule in self.rules):
+            return "give a rule a `drop`, such as drop=2: a budget chooses no activations."
+        budget = "layers='75%'" if self._amount == "drop" else "macs='50%'"
+        return f"give a rule a `{self._amount}`, or the policy a budget such as Budget({budget})."
 
     def to_yaml(self) -> str:
         """Write every field, defaults included.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
-from torch_otprune.policy.amount import Amount, AmountLike
+from torch_otprune.policy.amount import Amount, AmountLike, Several
 from torch_otprune.policy.base import problem, short
 from torch_otprune.policy.registry import (
     CRITERIA,
@@ -25,7 +25,7 @@ from torch_otprune.policy.registry import (
 )
 from torch_otprune.policy.targets import check_pattern
 
-__all__ = ["Channels", "Layers", "Linearize", "Rule"]
+__all__ = ["Count", "Criterion", "Layers", "Linearize", "Repairs", "Rule", "SettingLike"]
 
 SettingLike = str | Mapping[str, Any] | Setting
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -74,7 +74,7 @@ def _units_only(value: object) -> object:
 
 
 _Pattern = Annotated[str, BeforeValidator(check_pattern)]
-_Criterion = Annotated[Setting, Entry(CRITERIA)]
+Criterion = Annotated[Setting, Entry(CRITERIA)]
 _Repair = Annotated[Setting, Entry(REPAIRS)]
 _LayerCriterion = Annotated[Setting, Entry(LAYER_CRITERIA)]
 _Replacement = Annotated[Setting, Entry(REPLACEMENTS)]
@@ -105,8 +105,8 @@ class Rule(Setting):
     ignore: Patterns = Field(default=(), description="what the targets must not reach; same words")
     keep: Annotated[Amount, BeforeValidator(_units_only)] | None = Field(
         default=None,
-        description="what each target keeps: a fraction of its units, or a number of units; "
-        "null leaves it to the budget",
+        description="what each target keeps: a fraction of its units, or a number of units; 1 is "
+        "all of them; null leaves it to the budget",
     )
     repair: Repairs = Field(
         default=(), description="what mends the network afterwards, in this order"
@@ -128,94 +128,18 @@ class Rule(Setting):
         return self
 
 
-@RULES.register
-class Channels(Rule):
-    """Remove channels: of convolutions and linear layers, with all that is tied to them.
-
-    Example:
-        >>> from torch_otprune.policy import Channels
-        >>> import torch_otprune.criteria, torch_otprune.repair
-        >>> rule = Channels(targets="layer*", keep="50%", multiple_of=8)
-        >>> rule.widths(64)
-        (32,)
-    """
-
-    kind: Literal["channels"] = "channels"
-    criterion: _Criterion = Field(
-        default="transport",
-        validate_default=True,
-        description="ranks the units: a name, or a table with `kind` and settings",
-    )
-    repair: Repairs = Field(
-        default=("least_squares",),
-        validate_default=True,
-        description="what mends the consumers, in this order: names, or tables with `kind`",
-    )
-    min_keep: Count = Field(default=1, description="units every group keeps at least")
-    multiple_of: Count = Field(
-        default=1,
-        description="kept units are a multiple of this; a group too small for it stays whole",
-    )
-
-    if TYPE_CHECKING:  # what may be written is wider than what is stored
-
-        def __init__(
-            self,
-            *,
-            kind: Literal["channels"] = "channels",
-            targets: str | Iterable[str] = ("auto",),
-            ignore: str | Iterable[str] = (),
-            keep: AmountLike | None = None,
-            criterion: SettingLike = "transport",
-            repair: SettingLike | Iterable[SettingLike] = ("least_squares",),
-            min_keep: int = 1,
-            multiple_of: int = 1,
-        ) -> None: ...
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if self.keep is None or self.keep.relative:
-            return self
-        keep = self.keep.value
-        if keep < self.min_keep:
-            raise problem(
-                f"keep is {keep} units, but min_keep is {self.min_keep}.",
-                fix="lower min_keep or raise keep.",
-                key="keep",
-            )
-        if keep % self.multiple_of:
-            raise problem(
-                f"keep is {keep} units, which is no multiple of multiple_of = {self.multiple_of}.",
-                fix="choose a keep that is a multiple, or drop multiple_of.",
-                key="keep",
-            )
-        return self
-
-    def widths(self, units: int) -> tuple[int, ...]:
-        """List how many units a group may keep under this rule.
-
-        Args:
-            units: how many the group has.
-
-        Returns:
-            ascending counts; without `keep` the last is all of them, with `keep` there is
-            one: the nearest that `min_keep` and `multiple_of` allow.
-        """
-        step = self.multiple_of
-        allowed = [k for k in range(step, units, step) if k >= self.min_keep] + [units]
-        if self.keep is None:
-            return tuple(allowed)
-        wanted = self.keep.of(units)
-        return (min(allowed, key=lambda width: (abs(width - wanted), width)),)
-
-
 class _Depth(Rule):
-    """What rules about whole layers have in common: a share of what they reach goes."""
+    """What rules about whole layers have in common: some of what they reach goes."""
 
+    keep: Annotated[Several, BeforeValidator(_units_only)] | None = Field(
+        default=None,
+        description="how many of the targets stay: a whole number counts them, 1 included; a "
+        "fraction or a percentage is a share, rounded down; null leaves it to `drop` or the budget",
+    )
     drop: Annotated[int | float, BeforeValidator(_share)] | None = Field(
         default=None,
-        description="how many of the targets go: a whole number, a fraction or a percentage; "
-        "null leaves it to `keep` or the budget",
+        description="how many of the targets go: a whole number counts them, 1 included; a "
+        "fraction or a percentage is a share, rounded down; null leaves it to `keep` or the budget",
     )
 
     @property
@@ -238,7 +162,8 @@ class _Depth(Rule):
             count: how many the rule reaches.
 
         Returns:
-            a number, which may exceed `count`; None where a budget decides.
+            a number, which may exceed `count`; None where a budget decides. A share is rounded
+            down: of `drop` what goes, of `keep` what stays.
         """
         if self.keep is not None:
             return count - self.keep.of(count)

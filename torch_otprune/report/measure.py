@@ -17,7 +17,7 @@ from torch_otprune.structure.forward import (
     flat_tensors,
     run,
 )
-from torch_otprune.structure.layers import Counted, is_depthwise, is_linear
+from torch_otprune.structure.layers import Counted, is_dense, is_depthwise, is_linear
 
 __all__ = ["count_macs", "count_params", "latency"]
 
@@ -81,7 +81,7 @@ class _Macs:
             return
         # A weight holds out x in/groups x taps, and each position uses every element once.
         grid = read if getattr(module, "transposed", False) else out
-        positions = grid.numel() // grid.shape[-1 if isinstance(module, nn.Linear) else 1]
+        positions = grid.numel() // grid.shape[-1 if is_dense(module) else 1]
         weight: Tensor = module.weight  # type: ignore[assignment]
         self.total += positions // self.samples * weight.numel()
 

@@ -13,7 +13,15 @@ from torch_otprune.statistics.moments import Moments
 from torch_otprune.statistics.patches import full_weight, supported, taps
 from torch_otprune.statistics.sensitivity import Sensitivity
 from torch_otprune.structure.graph import Graph, Group, Member
-from torch_otprune.structure.layers import BatchNorm, Conv, kernel, norm_behind
+from torch_otprune.structure.layers import (
+    BatchNorm,
+    Conv,
+    axis_of,
+    bare,
+    kernel,
+    norm_behind,
+    tensor,
+)
 
 __all__ = ["Consumer", "Evidence", "gather"]
 
@@ -122,7 +130,9 @@ def _consumer(
     *,
     ties: frozenset[str],
 ) -> Consumer:
-    module = model.get_submodule(member.path)
+    module = _module(model, member.path)
+    if module is None:
+        return _unseen(model, member)
     bias = getattr(module, "bias", None)
     absorbs = bias is not None or norm_behind(model, graph, member.path, ties) is not None
     second = None
@@ -139,6 +149,21 @@ def _consumer(
     return Consumer(member.path, weight, second, absorbs, feel)
 
 
+def _unseen(model: nn.Module, member: Member) -> Consumer:
+    """Describe a consumer that is no layer of its own: its weights are known, its inputs not."""
+    weight = _rows(model, member.path).T[:, member.index]
+    feel = torch.ones(len(weight), dtype=torch.float64, device="cpu")
+    return Consumer(member.path, weight, None, absorbs=False, feel=feel)
+
+
+def _rows(model: nn.Module, path: str) -> Tensor:
+    """Read a bare parameter with the axis in question first, the others flattened."""
+    name = bare(path)[0]
+    owner, _, leaf = name.rpartition(".")
+    value = tensor(model.get_submodule(owner), leaf).double().cpu()
+    return value.movedim(axis_of(path, value.shape), 0).unsqueeze(-1).flatten(1)
+
+
 def _untapped(module: nn.Module, weight: Tensor, feel: Tensor) -> tuple[Tensor, Tensor]:
     """Treat the taps of a layer that is not unfolded as outputs of their own, uncorrelated."""
     count = kernel(module)
@@ -150,7 +175,10 @@ def _untapped(module: nn.Module, weight: Tensor, feel: Tensor) -> tuple[Tensor, 
 def _producers(model: nn.Module, group: Group) -> Tensor:
     parts = []
     for member in group.producers:
-        module = model.get_submodule(member.path)
+        module = _module(model, member.path)
+        if module is None:
+            parts.append(_rows(model, member.path)[member.index].flatten(1))
+            continue
         weight = full_weight(module).cpu()
         weight = weight.T if isinstance(module, nn.Embedding) else weight
         parts.append(weight[member.index].flatten(1))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torch_otprune.structure.layers import Conv, channels, kernel, tensor
+from torch_otprune.structure.layers import Conv, channels, is_dense, kernel, lies_across, tensor
 
 __all__ = [
     "columns",
@@ -37,14 +37,14 @@ def taps(module: nn.Module) -> int:
 
 def supported(module: nn.Module) -> bool:
     """Tell whether a layer's input can be unfolded: dense, or a 1-D or 2-D convolution."""
-    if isinstance(module, nn.Linear):
+    if is_dense(module):
         return True
     return isinstance(module, (nn.Conv1d, nn.Conv2d)) and not module.transposed
 
 
 def positions(module: nn.Module, x: Tensor) -> int:
     """Count a layer's output positions per sample; input positions where it is not unfolded."""
-    if isinstance(module, nn.Linear):
+    if is_dense(module):
         return x[0].numel() // x.shape[-1]
     if not supported(module):
         return x[0, 0].numel()
@@ -99,7 +99,7 @@ def rows(module: nn.Module, x: Tensor, at: Tensor) -> Float[Tensor, "rows column
     if not supported(module):
         return output_rows(module, x, at)
     at = at.to(x.device)
-    if isinstance(module, nn.Linear):
+    if is_dense(module):
         return x.reshape(len(x), -1, x.shape[-1])[:, at].flatten(0, 1)
     assert isinstance(module, Conv)
     geometry = _geometry(module, x)
@@ -136,7 +136,7 @@ def output_rows(module: nn.Module, y: Tensor, at: Tensor) -> Float[Tensor, "rows
         `samples * len(at)` rows, one column per output channel.
     """
     at = at.to(y.device)
-    if isinstance(module, nn.Linear):
+    if is_dense(module):
         return y.reshape(len(y), -1, y.shape[-1])[:, at].flatten(0, 1)
     return y.flatten(2)[:, :, at].transpose(1, 2).flatten(0, 1)
 
@@ -151,6 +151,8 @@ def full_weight(module: nn.Module) -> Float[Tensor, "out columns"]:
         float64.
     """
     weight = tensor(module, "weight").double()
+    if lies_across(module):
+        return weight.T
     if not isinstance(module, Conv) or module.groups == 1:
         if isinstance(module, Conv) and module.transposed:
             weight = weight.transpose(0, 1)

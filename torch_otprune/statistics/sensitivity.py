@@ -23,6 +23,7 @@ from torch_otprune.structure.forward import (
     run,
 )
 from torch_otprune.structure.graph import Side
+from torch_otprune.structure.layers import is_dense
 
 __all__ = ["Sensitivity", "chunks", "gradients", "sense", "signs", "slopes_of"]
 
@@ -264,7 +265,7 @@ class _Tap:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
     ) -> Tensor:
-        self.axis = -1 if isinstance(module, nn.Linear) else 1
+        self.axis = -1 if is_dense(module) else 1
         x = first_tensor(args, kwargs)
         if x is None or not (x.requires_grad and out.requires_grad):  # under the user's no_grad
             return out

@@ -11,6 +11,7 @@ from torch import nn
 
 from torch_otprune.structure.flow import Flow, Visit
 from torch_otprune.structure.graph import Block, Blocked, Swap
+from torch_otprune.structure.layers import is_dense
 from torch_otprune.structure.levels import levelled, listed
 from torch_otprune.structure.wiring import first_of, stream_of, wiring_of
 
@@ -374,7 +375,7 @@ def norms_of_sums(model: nn.Module, notes: Flow) -> dict[str, str]:
     found = {}
     for visit in notes.visits:
         module = model.get_submodule(visit.path)
-        if not isinstance(module, nn.Linear) or len(visit.writes) != 1:
+        if not is_dense(module) or len(visit.writes) != 1:
             continue
         node = next(iter(visit.writes.values()))
         readers = notes.readers.get(node, [])

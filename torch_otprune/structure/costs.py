@@ -11,7 +11,8 @@ from torch_otprune.structure.graph import CostModel, Dim, Group, Side, Term
 from torch_otprune.structure.layers import (
     Conv,
     axes,
-    bare_axis,
+    axis_of,
+    bare,
     channels,
     is_depthwise,
     is_linear,
@@ -81,9 +82,12 @@ class _Widths:
     def _note_parameter(
         self, model: nn.Module, path: str, by_group: dict[str, int], units: dict[str, int]
     ) -> None:
-        shape = model.get_parameter(path).shape
-        axis = bare_axis(shape)
-        self.axes[path, axis] = _dim(shape[axis], by_group, units, 1)
+        name, parameter = bare(path)[0], dict(model.named_parameters()).get(bare(path)[0])
+        if parameter is None:
+            return  # a buffer costs nothing
+        shape = parameter.shape
+        axis = axis_of(path, shape)
+        self.axes[name, axis] = _dim(shape[axis], by_group, units, 1)
 
 
 def _share(module: nn.Module, side: Side) -> int:

@@ -16,6 +16,7 @@ __all__ = [
     "Dim",
     "Graph",
     "Group",
+    "Kind",
     "Member",
     "Side",
     "Site",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 Side = Literal["out", "in", "through"]
+Kind = Literal["channels", "heads", "hidden"]
 Wiring = str | tuple[str | int | None, ...]
 """How a module returns its stream: `tensor`, or a tuple with `x` in its place; its other entries
 are None, or the position or keyword of an input that is handed through."""
@@ -36,7 +38,8 @@ class Member:
     """One module's share in a group.
 
     Args:
-        path: module path, or `module.parameter` for a bare parameter.
+        path: module path, or `module.parameter` for a bare parameter, with `:axis` behind it
+            where that is not the last axis with several entries.
         side: `out` for a producer (its output channels), `in` for a consumer (its
             input channels), `through` for a layer that carries channels one to one.
         index: int64, units x width; the channels of each unit along that side.
@@ -57,11 +60,14 @@ class Group:
         name: path of the first producer in order of execution.
         units: how many there are.
         members: who is cut when a unit goes.
+        kind: `channels`; `heads`, whole heads of an attention; `hidden`, channels that a norm
+            takes together, as those of a residual stream.
     """
 
     name: str
     units: int
     members: tuple[Member, ...]
+    kind: Kind = "channels"
 
     @property
     def producers(self) -> tuple[Member, ...]:

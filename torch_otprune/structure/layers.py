@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from math import prod
 
 from torch import Tensor, nn
@@ -14,9 +14,15 @@ from torch_otprune.structure.graph import Graph, Side
 __all__ = [
     "NORMS",
     "Counted",
+    "TokenNorm",
     "axes",
+    "axis_of",
+    "bare",
     "bare_axis",
     "channels",
+    "holder",
+    "is_dense",
+    "lies_across",
     "is_depthwise",
     "is_linear",
     "kernel",
@@ -47,6 +53,7 @@ Conv = nn.modules.conv._ConvNd
 BatchNorm = nn.modules.batchnorm._BatchNorm
 InstanceNorm = nn.modules.instancenorm._InstanceNorm
 NORMS = (BatchNorm, InstanceNorm, nn.GroupNorm)
+TokenNorm = (nn.LayerNorm, nn.RMSNorm)
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -58,9 +65,20 @@ def is_depthwise(module: nn.Module) -> bool:
     )
 
 
+def is_dense(module: nn.Module) -> bool:
+    """Tell whether a module is a dense layer: torch's, or GPT-2's, whose weight lies across."""
+    return isinstance(module, nn.Linear) or lies_across(module)
+
+
+def lies_across(module: nn.Module) -> bool:
+    """Tell whether a dense layer's weight is inputs by outputs: Transformers' `Conv1D`."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
+
+
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module mixes channels linearly: a dense layer or a convolution."""
-    return isinstance(module, (Conv, nn.Linear)) and not is_depthwise(module)
+    return (isinstance(module, Conv) or is_dense(module)) and not is_depthwise(module)
 
 
 def channels(module: nn.Module, side: Side) -> int | None:
@@ -69,14 +87,23 @@ def channels(module: nn.Module, side: Side) -> int | None:
         return module.in_channels if side == "in" else module.out_channels
     if isinstance(module, nn.Linear):
         return module.in_features if side == "in" else module.out_features
+    if lies_across(module):
+        return tensor(module, "weight").shape[0 if side == "in" else 1]
     if isinstance(module, nn.Embedding):
         return module.embedding_dim if side == "out" else None
+    return _through(module)
+
+
+def _through(module: nn.Module) -> int | None:
+    """Count the channels that a module carries one to one."""
     if isinstance(module, (BatchNorm, InstanceNorm)):
         return module.num_features
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
     if isinstance(module, nn.PReLU):
         return module.num_parameters if module.num_parameters > 1 else None
+    if isinstance(module, TokenNorm) and len(module.normalized_shape) == 1:
+        return module.normalized_shape[0]
     return None
 
 
@@ -98,6 +125,8 @@ def axes(module: nn.Module, side: Side) -> tuple[tuple[str, int], ...]:
             found = (("weight", 0), ("bias", 0))
     elif isinstance(module, nn.Linear):
         found = (("weight", 1),) if side == "in" else (("weight", 0), ("bias", 0))
+    elif lies_across(module):
+        found = (("weight", 0),) if side == "in" else (("weight", 1), ("bias", 0))
     elif isinstance(module, nn.Embedding):
         found = (("weight", 1),)
     else:
@@ -110,6 +139,46 @@ def bare_axis(shape: Sequence[int]) -> int:
     return max(axis for axis, size in enumerate(shape) if size > 1)
 
 
+def bare(path: str) -> tuple[str, int | None]:
+    """Read the name of a bare parameter and the axis behind it.
+
+    Args:
+        path: `module.parameter` or `module.parameter:axis`.
+
+    Returns:
+        the name, and the axis; None where none is named.
+    """
+    name, colon, axis = path.rpartition(":")
+    return (name, int(axis)) if colon else (path, None)
+
+
+def holder(path: str, modules: Container[str]) -> str:
+    """Name the module that a member of a group belongs to.
+
+    Args:
+        path: a module's, or a bare parameter's.
+        modules: paths of all modules.
+
+    Returns:
+        the module itself, or the one that holds the parameter.
+    """
+    return path if path in modules else bare(path)[0].rpartition(".")[0]
+
+
+def axis_of(path: str, shape: Sequence[int]) -> int:
+    """Find the axis that a bare parameter's path means.
+
+    Args:
+        path: as for `bare`.
+        shape: of the parameter.
+
+    Returns:
+        the axis.
+    """
+    axis = bare(path)[1]
+    return bare_axis(shape) if axis is None else axis
+
+
 def widths_of(module: nn.Module, side: Side) -> tuple[str, ...]:
     """Name the integer attributes that must follow when a side is cut."""
     if isinstance(module, Conv):
@@ -118,10 +187,14 @@ def widths_of(module: nn.Module, side: Side) -> tuple[str, ...]:
         return ("in_channels",) if side == "in" else ("out_channels",)
     if isinstance(module, nn.Linear):
         return ("in_features",) if side == "in" else ("out_features",)
+    if lies_across(module):
+        return ("nx",) if side == "in" else ("nf",)
     if isinstance(module, nn.Embedding):
         return ("embedding_dim",)
     if isinstance(module, nn.GroupNorm):
         return ("num_channels",)
+    if isinstance(module, TokenNorm):
+        return ("normalized_shape",)
     return ("num_parameters",) if isinstance(module, nn.PReLU) else ("num_features",)
 
 

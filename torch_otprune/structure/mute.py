@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_otprune.structure.forward import map_tensors
 from torch_otprune.structure.graph import Swap
 from torch_otprune.structure.wiring import first_of, stream_of
 
@@ -70,14 +71,11 @@ def exchanged(out: Any, old: Tensor, new: Tensor) -> Any:
     """Put one tensor in another's place in what a module returned.
 
     Args:
-        out: a tensor, or a tuple or list of several things.
+        out: a tensor, or nested tuples, named ones too, lists and mappings of several things.
         old: one of its tensors.
         new: what takes its place.
 
     Returns:
         the same structure.
     """
-    if out is old:
-        return new
-    entries = (new if entry is old else entry for entry in out)
-    return type(out)(*entries) if hasattr(out, "_fields") else type(out)(entries)
+    return map_tensors(out, lambda tensor: new if tensor is old else tensor)

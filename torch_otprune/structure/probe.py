@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_otprune.structure.forward import Call, batch_size, evaluating, flat_tensors, run
 from torch_otprune.structure.graph import Tail
-from torch_otprune.structure.layers import BatchNorm, Counted, is_depthwise, is_linear
+from torch_otprune.structure.layers import BatchNorm, Counted, is_dense, is_depthwise, is_linear
 
 __all__ = ["Probe", "probe", "summands"]
 
@@ -203,7 +203,7 @@ class _Watch(TorchFunctionMode):
 
     def _passes(self, module: nn.Module, linear: str, out: Tensor) -> bool:
         """Tell whether a layer keeps channels apart; on tokens, a batch-norm has another axis."""
-        dense = isinstance(self.model.get_submodule(linear), nn.Linear)
+        dense = is_dense(self.model.get_submodule(linear))
         crossed = isinstance(module, BatchNorm) and dense and out.dim() > 2
         return not crossed
 
@@ -214,7 +214,7 @@ class _Watch(TorchFunctionMode):
 
 def _positions(module: nn.Module, x: Tensor, out: Tensor) -> int:
     """Count how often every weight is used: per output position, per input one if transposed."""
-    if isinstance(module, nn.Linear):
+    if is_dense(module):
         return out.numel() // out.shape[-1]
     grid = x if module.transposed else out
     return grid.numel() // grid.shape[1]

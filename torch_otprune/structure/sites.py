@@ -11,7 +11,7 @@ from torch import nn
 
 from torch_otprune.structure.flow import Flow, Op, Visit
 from torch_otprune.structure.graph import Block, Site
-from torch_otprune.structure.layers import BatchNorm, Conv
+from torch_otprune.structure.layers import BatchNorm, Conv, channels, is_dense, is_linear
 from torch_otprune.structure.wiring import first_of, stream_of
 
 __all__ = ["FUNCTIONS", "find_sites", "op_of", "sites_in"]
@@ -266,7 +266,7 @@ class _Search:
             number = notes.maker[node]
             op, visit = notes.ops[number], self.inner.get(number)
             module = self.modules[visit.path] if visit else None
-            if visit and isinstance(module, (Conv, nn.Linear)) and node in visit.writes.values():
+            if visit and module and is_linear(module) and node in visit.writes.values():
                 return norm, visit.path
             name = op_of(op.name)
             if name not in _SAME | _NORMS or notes.shapes[op.reads[0]] != notes.shapes[node]:
@@ -301,7 +301,7 @@ class _Search:
         if visit is None or node not in visit.reads.values():
             return None
         module, last = self.modules[visit.path], axis == -1 or len(shape) == 2
-        if isinstance(module, nn.Linear) and last and shape[-1] == module.in_features:
+        if is_dense(module) and last and shape[-1] == channels(module, "in"):
             return visit.path
         if isinstance(module, Conv) and axis == 1 and len(shape) > 2:
             return visit.path

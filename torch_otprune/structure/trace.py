@@ -5,25 +5,27 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch_otprune.errors import OTPruneError, StructureError
 from torch_otprune.structure.blocks import find_blocks, norms_of_sums
 from torch_otprune.structure.costs import cost_models
-from torch_otprune.structure.depgraph import Component, components
+from torch_otprune.structure.coupling import Component, components
 from torch_otprune.structure.flow import flow
 from torch_otprune.structure.forward import first_line, map_tensors, outside_inference, shapes
-from torch_otprune.structure.graph import Blocked, Graph, Group, Member, Side
-from torch_otprune.structure.layers import bare_axis, channels
+from torch_otprune.structure.graph import Blocked, Graph, Group, Kind, Member, Side
+from torch_otprune.structure.layers import axes, axis_of, bare, channels
 from torch_otprune.structure.probe import Probe, probe
 from torch_otprune.structure.sites import find_sites
 
 __all__ = ["check", "trace"]
 
 Signature = tuple[tuple[str, Side, int], ...]
+_Sides = dict[tuple[str, Side], list[int]]
 
 
 def trace(model: nn.Module, example: Any, *, channels: bool = True) -> Graph:
@@ -156,48 +158,63 @@ def _probe(model: nn.Module, example: Any) -> Probe:
         ) from error
 
 
+@dataclass
+class _Family:
+    """Units of one make: channels along the same sides, as many of each.
+
+    Args:
+        units: for each of them, what it holds of each side.
+        kind: of the group that they become.
+        reasons: why they cannot go.
+    """
+
+    units: list[_Sides] = field(default_factory=list)
+    kind: Kind = "channels"
+    reasons: set[str] = field(default_factory=set)
+
+
 def _assemble(
     model: nn.Module, found: Iterable[Component], notes: Probe, *, taken: Collection[str]
 ) -> tuple[list[Group], list[Blocked]]:
-    modules = dict(model.named_modules()) | dict(model.named_parameters())
+    leaves = (model.named_modules(), model.named_buffers(), model.named_parameters())
+    modules: dict[str, Any] = {name: leaf for named in leaves for name, leaf in named}
     rank = {name: i for i, name in enumerate(notes.order)}
-    families: dict[Signature, list[dict[tuple[str, Side], list[int]]]] = defaultdict(list)
-    reasons: dict[Signature, set[str]] = defaultdict(set)
-    for component in found:
-        sides = _by_side(component)
-        if not any(side == "out" for _, side in sides):
-            continue
-        key = tuple(sorted((p, s, len(i)) for (p, s), i in sides.items()))
-        families[key].append(sides)
-        reasons[key] |= component.reasons | _structural(sides, notes)
     groups, blocked, shared = [], [], _tied(model)
-    for key, units in families.items():
-        members = _members(modules, key, units, rank)
-        name = _name(members)
-        tied = {why for m in members for why in shared.get(m.path, ())}
-        why = _telling(reasons[key] | tied)
+    for key, family in _families(found, notes, modules).items():
+        members = _members(modules, key, family.units, rank)
+        name, paths = _name(members), tuple(m.path for m in members)
+        why = _telling(family.reasons | _halves(modules, members, shared))
         if why:
-            blocked.append(Blocked(name, tuple(m.path for m in members), "; ".join(why), _fix(why)))
-        elif len(units) > 1:
+            blocked.append(Blocked(name, paths, "; ".join(why), _fix(why)))
+        elif len(family.units) > 1:
             # a PReLU with one slope for all carries channels but has none to cut
-            groups.append(Group(name, len(units), tuple(m for m in members if m.size)))
+            sized = tuple(m for m in members if m.size)
+            groups.append(Group(name, len(family.units), sized, family.kind))
         else:
-            blocked.append(
-                Blocked(
-                    name,
-                    tuple(m.path for m in members),
-                    "all channels are tied into one unit",
-                    "nothing: removing it removes the layer.",
-                )
-            )
+            said = "all channels are tied into one unit"
+            blocked.append(Blocked(name, paths, said, "nothing: removing it removes the layer."))
     last = len(rank)
     groups.sort(key=lambda g: (rank.get(g.name, last), g.members[0].index[0, 0].item()))
     return _unique(groups, taken), blocked
 
 
+def _families(
+    found: Iterable[Component], notes: Probe, modules: Mapping[str, Any]
+) -> dict[Signature, _Family]:
+    families: dict[Signature, _Family] = defaultdict(_Family)
+    for component in found:
+        sides = _by_side(component)
+        if any(side == "out" for _, side in sides):
+            family = families[tuple(sorted((p, s, len(i)) for (p, s), i in sides.items()))]
+            family.units.append(sides)
+            family.kind = _kind(component)
+            family.reasons |= _against(component) | _structural(sides, notes, modules)
+    return families
+
+
 def _telling(reasons: set[str]) -> list[str]:
-    """Leave out what only follows: an op that shifts channels maps them out of range elsewhere."""
-    causes = sorted(r for r in reasons if "out of range" not in r)
+    """Leave out what only follows from another reason: that nothing is left to read them."""
+    causes = sorted(r for r in reasons if not r.startswith("no layer consumes"))
     return causes or sorted(reasons)[:1]
 
 
@@ -208,8 +225,19 @@ def _unique(groups: list[Group], taken: Collection[str]) -> list[Group]:
     for group in groups:
         seen[group.name] += 1
         suffix = f"#{seen[group.name]}" if seen[group.name] > 1 else ""
-        named.append(Group(group.name + suffix, group.units, group.members))
+        named.append(replace(group, name=group.name + suffix))
     return named
+
+
+def _kind(component: Component) -> Kind:
+    if component.head:
+        return "heads"
+    return "hidden" if component.kinds == {"norm"} else "channels"
+
+
+def _against(component: Component) -> set[str]:
+    """Read the reasons; that a norm takes them together is none against a stream's width."""
+    return set() if component.kinds == {"norm"} else component.reasons
 
 
 def _by_side(component: Component) -> dict[tuple[str, Side], list[int]]:
@@ -219,13 +247,30 @@ def _by_side(component: Component) -> dict[tuple[str, Side], list[int]]:
     return {key: sorted(indices) for key, indices in sides.items()}
 
 
-def _structural(sides: Mapping[tuple[str, Side], list[int]], notes: Probe) -> set[str]:
+def _structural(
+    sides: Mapping[tuple[str, Side], list[int]], notes: Probe, modules: Mapping[str, Any]
+) -> set[str]:
     reasons = set()
     if not any(side == "in" for _, side in sides):
         reasons.add("no layer consumes them before the model's output")
-    idle = [path for path, side in sides if side != "through" and path not in notes.calls]
+    idle = [
+        path
+        for path, side in sides
+        if side != "through"
+        and path not in notes.calls
+        and path in modules
+        and isinstance(modules[path], nn.Module)
+        and not _run_by_another(modules, path, notes)
+    ]
     reasons |= {f"'{path}' did not run as a module on the example" for path in idle}
     return reasons
+
+
+def _run_by_another(modules: Mapping[str, Any], path: str, notes: Probe) -> bool:
+    """Tell whether all tensors of a module ran under other names: as a tied embedding does."""
+    mine = {id(t) for t in modules[path].parameters()}
+    others = (modules[other] for other in notes.calls if isinstance(modules.get(other), nn.Module))
+    return bool(mine) and any(mine <= {id(t) for t in m.parameters(recurse=False)} for m in others)
 
 
 def _members(
@@ -240,9 +285,9 @@ def _members(
     members = []
     for path, side, _ in key:
         index = torch.tensor([sides[path, side] for sides in units], device="cpu")
-        module = modules[path]
-        bare = isinstance(module, nn.Parameter)
-        size = module.shape[bare_axis(module.shape)] if bare else channels(module, side)
+        module = modules[bare(path)[0]]
+        loose = isinstance(module, Tensor)
+        size = module.shape[axis_of(path, module.shape)] if loose else channels(module, side)
         members.append(Member(path, side, index, int(size or 0)))
     last = len(rank)
     return tuple(sorted(members, key=lambda m: (rank.get(m.path, last), m.path, m.side)))
@@ -252,17 +297,31 @@ def _name(members: tuple[Member, ...]) -> str:
     return next(m.path for m in members if m.side == "out")
 
 
-def _tied(model: nn.Module) -> dict[str, set[str]]:
-    """Object to weights that another module shares: cutting one would leave the other."""
+def _tied(model: nn.Module) -> list[list[str]]:
+    """List the names of every tensor that has several."""
     owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name)
-    reasons: dict[str, set[str]] = defaultdict(set)
-    for names in (names for names in owners.values() if len(names) > 1):
-        for name in names:
-            said = f"{' and '.join(map(repr, names))} are one tensor"
-            reasons[name.rpartition(".")[0]].add(said)
-    return reasons
+    return [names for names in owners.values() if len(names) > 1]
+
+
+def _halves(
+    modules: Mapping[str, Any], members: Iterable[Member], shared: Iterable[list[str]]
+) -> set[str]:
+    """Object to a tensor that only some of those who share it would lose channels of."""
+    cut = {name for m in members for name in _tensors(modules, m)}
+    return {
+        f"{' and '.join(map(repr, names))} are one tensor"
+        for names in shared
+        if 0 < len(cut & set(names)) < len(names)
+    }
+
+
+def _tensors(modules: Mapping[str, Any], member: Member) -> list[str]:
+    module = modules[bare(member.path)[0]]
+    if isinstance(module, Tensor):
+        return [bare(member.path)[0]]
+    return [f"{member.path}.{name}" for name, _ in axes(module, member.side)]
 
 
 _FIXES = {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from torch_otprune.structure.flow import Visit, tensors
 from torch_otprune.structure.graph import Wiring
@@ -27,8 +27,16 @@ def stream_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         there is none, or it is wrapped in a tuple, in which no stand-in looks.
     """
     usual = [kwargs[name] for name in _USUAL if name in kwargs]
-    given = (t for t in (*args, *usual, *kwargs.values()) if isinstance(t, Tensor))
-    return next((t for t in given if t.is_floating_point()), None)
+    for value in (*args, *usual, *kwargs.values()):
+        if _flows(value):
+            return value
+    return None
+
+
+def _flows(value: object) -> TypeGuard[Tensor]:
+    if isinstance(value, Tensor):
+        return value.is_floating_point()
+    return isinstance(value, fx.Proxy)  # a symbolic trace has no dtypes
 
 
 def first_of(output: Any) -> Tensor | None:

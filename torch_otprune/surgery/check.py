@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from torch_otprune.errors import PlanError
+from torch_otprune.plan.depth import stand_ins
 from torch_otprune.plan.model import Plan
 from torch_otprune.plan.replacement import Replacement
 from torch_otprune.plan.slices import slices
-from torch_otprune.policy import Layers
+from torch_otprune.policy import Layers, Linearize
 from torch_otprune.structure.fingerprint import fingerprint
 from torch_otprune.structure.graph import Graph
 from torch_otprune.structure.trace import check
@@ -51,6 +52,58 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         )
 
 
+def _check_counts(plan: Plan) -> None:
+    """Hold the decisions to the numbers that the plan records and its rules ask for."""
+    gone = plan.layers.before - plan.layers.after
+    if gone != len(plan.drops):
+        raise _edited(
+            f"the plan records {gone} layers that go, but names {len(plan.drops)}", "drops"
+        )
+    for index, rule in enumerate(plan.policy.rules):
+        if not isinstance(rule, (Layers, Linearize)) or not isinstance(rule.drop, int):
+            continue
+        field, things = (
+            ("drops", "layers") if isinstance(rule, Layers) else ("lines", "activations")
+        )
+        named = plan.drops if isinstance(rule, Layers) else plan.lines
+        found = [decision.rule for decision in named].count(index)
+        if found != rule.drop:
+            raise _edited(
+                f"rule {index} of the plan drops {rule.drop} {things}, but the plan names {found}",
+                field,
+            )
+    sites = {line.site for line in plan.lines}
+    for folding in plan.foldings:
+        if missing := [site for site in folding.lines if site not in sites]:
+            raise _edited(
+                f"the plan folds past '{missing[0]}', which it does not make linear", "lines"
+            )
+
+
+def _edited(problem: str, field: str) -> PlanError:
+    return PlanError(
+        f"{problem}.",
+        where=f"Plan.{field}",
+        fix="apply the plan as attached.plan() made it; to remove something else, change the "
+        "policy and plan again.",
+    )
+
+
+def _check_params(graph: Graph, plan: Plan) -> None:
+    """Hold the decisions to the size that the plan records."""
+    removed = [graph.block(drop.block) for drop in plan.drops]
+    instead, widths = stand_ins(plan, graph)["params"], graph.widths(removed)
+    cost = graph.costs["params"].gated(removed, instead, widths)
+    left = cost.at(graph.full() | plan.keep()) + sum(line.params for line in plan.lines)
+    left += sum(folding.params.after - folding.params.before for folding in plan.foldings)
+    if left != plan.params.after:
+        raise _edited(
+            f"the plan records {plan.params.after:,} parameters after, but its decisions leave "
+            f"{left:,}",
+            "params",
+        )
+
+
 def _check_lines(model: nn.Module, plan: Plan) -> None:
     names = {name for name, _ in model.named_modules()}
     wanted = [path for line in plan.lines for path in (line.site, line.into) if path is not None]
@@ -65,14 +118,18 @@ def _check_lines(model: nn.Module, plan: Plan) -> None:
 
 
 def check_slices(graph: Graph, plan: Plan) -> None:
-    """Make sure that every cut still says, module by module, what its kept units mean.
+    """Make sure that every decision still says what it means, and that none is missing.
 
     Args:
         graph: the dense model's analysis.
         plan: what is about to be carried out.
 
     Raises:
-        PlanError: if a group is not there, or a slice or a line was edited.
+        PlanError: if a group is not there, a slice or a line was edited, or a decision was taken
+            out, so that the plan no longer leaves what it records.
+
+    Limits: a line that costs nothing and folds nothing can be missed if its rule's `drop` is a
+        share: the plan records no number of activations.
     """
     groups = {group.name: group for group in graph.groups}
     for cut in plan.cuts:
@@ -110,6 +167,8 @@ def check_slices(graph: Graph, plan: Plan) -> None:
                 where=f"Plan.lines; activations: {', '.join(sites)}",
                 fix="apply the plan as attached.plan() made it; do not edit its lines.",
             )
+    _check_counts(plan)
+    _check_params(graph, plan)
 
 
 def tolerance(model: nn.Module) -> float:

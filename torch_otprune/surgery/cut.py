@@ -9,9 +9,16 @@ from torch import Tensor, nn
 
 from torch_otprune.errors import PlanError
 from torch_otprune.plan.model import Cut, Slice
-from torch_otprune.structure.layers import Conv, axes, bare_axis, channels, is_depthwise, widths_of
+from torch_otprune.structure.layers import (
+    axes,
+    axis_of,
+    bare,
+    channels,
+    widths_of,
+)
+from torch_otprune.surgery.attributes import changes
 
-__all__ = ["check_cuts", "cut_", "merged", "put_"]
+__all__ = ["check_cuts", "cut_", "merged", "places", "put_", "set_"]
 
 
 def cut_(model: nn.Module, cuts: Sequence[Cut]) -> None:
@@ -27,8 +34,13 @@ def cut_(model: nn.Module, cuts: Sequence[Cut]) -> None:
         PlanError: if a slice does not fit; nothing is written then.
     """
     check_cuts(model, cuts)
-    for piece in merged(cuts):
-        _slice_(model, piece)
+    done: dict[_Piece, tuple[Tensor, Tensor]] = {}
+    pieces = merged(cuts)
+    said = changes(model, cuts, pieces)
+    for piece in pieces:
+        _slice_(model, piece, done)
+    for change in said:
+        change.apply_()
 
 
 def merged(cuts: Iterable[Cut]) -> list[Slice]:
@@ -57,6 +69,9 @@ def merged(cuts: Iterable[Cut]) -> list[Slice]:
     return list(found.values())
 
 
+_Piece = tuple[int, int, tuple[int, ...]]
+"""A tensor by identity, an axis, and what is kept of it."""
+
 _PICTURE = 4  # axes of a tensor that may be laid out channels last
 
 
@@ -70,12 +85,13 @@ def check_cuts(model: nn.Module, cuts: Iterable[Cut]) -> None:
     Raises:
         PlanError: naming the first module that is missing or has another width.
     """
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    modules, leaves = dict(model.named_modules()), dict(model.named_parameters())
+    leaves |= dict(model.named_buffers())  # type: ignore[arg-type]
     for piece in (piece for cut in cuts for piece in cut.slices):
         if piece.path in modules:
             size = channels(modules[piece.path], piece.side)
         else:
-            size = _bare_size(parameters.get(piece.path))
+            size = _bare_size(piece.path, leaves.get(bare(piece.path)[0]))
         if size != piece.size:
             raise PlanError(
                 f"the plan cuts {piece.size} channels, the model has {size or 'no such module'}.",
@@ -90,59 +106,85 @@ def check_cuts(model: nn.Module, cuts: Iterable[Cut]) -> None:
             )
 
 
-def _bare_size(parameter: Tensor | None) -> int | None:
-    if parameter is None or parameter.numel() < 2:
+def _bare_size(path: str, leaf: Tensor | None) -> int | None:
+    if leaf is None or leaf.numel() < 2:
         return None
-    return parameter.shape[bare_axis(parameter.shape)]
+    axis = axis_of(path, leaf.shape)
+    return leaf.shape[axis] if axis < leaf.dim() else None
 
 
-def _slice_(model: nn.Module, piece: Slice) -> None:
-    owner, _, name = piece.path.rpartition(".")
-    keep = torch.tensor(piece.keep, device="cpu")
-    try:
-        module = model.get_submodule(piece.path)
-    except AttributeError:
-        parent = model.get_submodule(owner)
-        bare = getattr(parent, name)
-        put_(parent, name, _take(bare, bare_axis(bare.shape), keep))
-        return
-    _slice_module_(module, piece, keep)
+def _slice_(model: nn.Module, piece: Slice, done: dict[_Piece, tuple[Tensor, Tensor]]) -> None:
+    for owner, name, axis in places(model, piece):
+        old = getattr(owner, name)
+        key = id(old), axis, piece.keep
+        if key not in done:  # tensors that two modules share stay shared
+            keep = torch.tensor(piece.keep, device="cpu")
+            keep = torch.unique(keep % old.shape[axis]) if old.shape[axis] < piece.size else keep
+            done[key] = old, put_(owner, name, _take(old, axis, keep))
+        else:
+            set_(owner, name, done[key][1])
+    module = dict(model.named_modules()).get(piece.path)
+    if module is not None:
+        _resize_(module, piece)
 
 
-def _slice_module_(module: nn.Module, piece: Slice, keep: Tensor) -> None:
-    inner = keep
-    if (
-        isinstance(module, Conv)
-        and module.groups > 1
-        and not is_depthwise(module)
-        and piece.side == "in"
-    ):
-        inner = torch.unique(keep % (module.in_channels // module.groups))
-    for tensor, axis in axes(module, piece.side):
-        put_(module, tensor, _take(getattr(module, tensor), axis, inner))
+def places(model: nn.Module, piece: Slice) -> list[tuple[nn.Module, str, int]]:
+    """List the tensors that a slice shortens.
+
+    Args:
+        model: the dense model, or one that is being cut.
+        piece: one slice of a plan.
+
+    Returns:
+        owner, name and axis of each.
+    """
+    modules = dict(model.named_modules())
+    if piece.path in modules:
+        module = modules[piece.path]
+        return [(module, name, axis) for name, axis in axes(module, piece.side)]
+    path, _, name = bare(piece.path)[0].rpartition(".")
+    owner = modules[path]
+    return [(owner, name, axis_of(piece.path, getattr(owner, name).shape))]
+
+
+def _resize_(module: nn.Module, piece: Slice) -> None:
+    """Put a module's integers right."""
     if isinstance(module, nn.GroupNorm):
-        module.num_groups = module.num_groups * len(keep) // module.num_channels
+        kept = module.num_groups * len(piece.keep) // module.num_channels
+        module.num_groups = max(kept, 1)
     for attribute in widths_of(module, piece.side):
-        setattr(module, attribute, len(keep))
+        many = isinstance(getattr(module, attribute), tuple)
+        setattr(module, attribute, (len(piece.keep),) if many else len(piece.keep))
 
 
 def _take(tensor: Tensor, axis: int, keep: Tensor) -> Tensor:
     return tensor.detach().index_select(axis, keep.to(tensor.device)).contiguous()
 
 
-def put_(module: nn.Module, name: str, value: Tensor) -> None:
+def put_(module: nn.Module, name: str, value: Tensor) -> Tensor:
     """Replace a parameter or buffer by a new tensor, in its own dtype and gradient flag.
 
     Args:
         module: who owns it.
         name: its name there.
         value: the new value; cast to the old dtype.
+
+    Returns:
+        what the module holds now.
     """
     old = getattr(module, name)
     value = value.detach().to(dtype=old.dtype, device=old.device)
     if old.dim() == value.dim() == _PICTURE and not old.is_contiguous():
         value = value.contiguous(memory_format=torch.channels_last)
     if isinstance(old, nn.Parameter):
-        setattr(module, name, nn.Parameter(value, requires_grad=old.requires_grad))
+        value = nn.Parameter(value, requires_grad=old.requires_grad)
+    set_(module, name, value)
+    return value
+
+
+def set_(module: nn.Module, name: str, value: Tensor) -> None:
+    """Let a module hold a tensor where it held another, parameter or not."""
+    if name in module._parameters:
+        module._parameters[name] = value  # type: ignore[assignment]
     else:
-        setattr(module, name, value)
+        module._buffers[name] = value

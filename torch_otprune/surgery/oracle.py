@@ -9,59 +9,87 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_otprune.plan.model import Cut, Drop
+from torch_otprune.plan.model import Cut, Drop, Slice
 from torch_otprune.structure.forward import evaluating, first_line, flat_tensors, run
+from torch_otprune.structure.layers import TokenNorm, bare
 from torch_otprune.structure.mute import muted
 from torch_otprune.surgery.copied import copied
-from torch_otprune.surgery.cut import cut_, merged
+from torch_otprune.surgery.cut import cut_, merged, places, set_
 from torch_otprune.surgery.exchange import exchange_
 
 __all__ = ["compared", "disagreement", "gap", "masked"]
 
 
-class _Mask:
-    """A hook that zeroes the input channels that a slice drops."""
-
-    def __init__(self, keep: Sequence[int], size: int, axis: int) -> None:
-        self.mask = torch.zeros(size, device="cpu")
-        self.mask[list(keep)] = 1
-        self.axis = axis
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (self._masked(args[0]), *args[1:]), kwargs
-        return args, {name: self._masked(x) for name, x in kwargs.items()}
-
-    def _masked(self, x: Tensor) -> Tensor:
-        shape = [1] * x.dim()
-        shape[self.axis if self.axis >= 0 else x.dim() + self.axis] = -1
-        return x * self.mask.to(x).view(shape)
-
-
 @contextmanager
-def masked(model: nn.Module, cuts: Sequence[Cut]) -> Iterator[None]:
-    """Zero, at every consumer, the channels that the cuts would remove.
+def masked(model: nn.Module, cuts: Sequence[Cut], small: nn.Module | None = None) -> Iterator[None]:
+    """Silence, at every consumer, the channels that the cuts would remove.
+
+    A consumer's weights on what goes are zero meanwhile. A norm over channels of which some go is
+    one over those that stay: it is taken from the cut model and runs on them alone.
 
     Args:
         model: the dense model.
         cuts: a plan's decisions.
+        small: the cut model; needed where a norm loses some of the channels it takes together.
 
     Yields:
-        nothing; the hooks are gone afterwards.
+        nothing; weights are back and hooks are gone afterwards.
     """
-    handles = []
+    pieces, handles, old = merged(cuts), [], []
     try:
-        for piece in (p for p in merged(cuts) if p.side == "in"):
-            module = model.get_submodule(piece.path)
-            axis = -1 if isinstance(module, nn.Linear) else 1
-            mask = _Mask(piece.keep, piece.size, axis)
-            handles.append(module.register_forward_pre_hook(mask, with_kwargs=True))
+        for owner, name, value in _silenced(model, [p for p in pieces if p.side == "in"]):
+            old.append((owner, name, getattr(owner, name)))
+            set_(owner, name, value)
+        for path, keep in _norms(model, pieces).items():
+            assert small is not None, f"'{path}' can only be masked with the cut model at hand"
+            hook = _NormOfKept(small.get_submodule(path), keep)
+            handles.append(model.get_submodule(path).register_forward_hook(hook))
         yield
     finally:
+        for owner, name, value in reversed(old):
+            set_(owner, name, value)
         for handle in handles:
             handle.remove()
+
+
+def _silenced(model: nn.Module, pieces: Sequence[Slice]) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for piece in pieces:
+        for owner, name, axis in places(model, piece):
+            weight = getattr(owner, name).detach()
+            mask = torch.zeros(piece.size, device="cpu")
+            mask[list(piece.keep)] = 1
+            shape = [1] * weight.dim()
+            shape[axis] = weight.shape[axis]
+            # a filter of a grouped convolution reads the same place of every group
+            yield owner, name, weight * mask[: weight.shape[axis]].to(weight).view(shape)
+
+
+def _norms(model: nn.Module, pieces: Sequence[Slice]) -> dict[str, Tensor]:
+    """Find the norms that lose some of the numbers they take together, and what each keeps."""
+    found: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    for piece in (p for p in pieces if p.side == "through"):
+        path = piece.path if piece.path in modules else bare(piece.path)[0].rpartition(".")[0]
+        module = modules[path]
+        if isinstance(module, TokenNorm) or (piece.path not in modules and _is_norm(module)):
+            found[path] = torch.tensor(piece.keep, device="cpu")
+    return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Recognise a home-made norm: a leaf that says so and scales what it takes together."""
+    return "norm" in type(module).__name__.lower() and not list(module.children())
+
+
+class _NormOfKept:
+    """A hook that takes a norm over the channels that stay."""
+
+    def __init__(self, norm: nn.Module, keep: Tensor) -> None:
+        self.norm, self.keep = norm, keep
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        keep = self.keep.to(out.device)
+        return torch.zeros_like(out).index_copy(-1, keep, self.norm(args[0].index_select(-1, keep)))
 
 
 def disagreement(
@@ -102,7 +130,7 @@ def compared(
     cut_(small, cuts)
     exchange_(small, drops)
     with evaluating(model), torch.no_grad():
-        with masked(model, cuts), muted(model, [drop.swaps[0] for drop in drops]):
+        with masked(model, cuts, small), muted(model, [drop.swaps[0] for drop in drops]):
             expected = flat_tensors(run(model, example))
         try:
             with evaluating(small):

@@ -1,0 +1,7 @@
+"""A shelf of the zoo."""
+
+from __future__ import annotations
+
+from tests.zoo.entry import Entry
+
+ENTRIES: dict[str, Entry] = {}

@@ -1,0 +1,171 @@
+"""The rules about width: channels, heads, and the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from torch_otprune.policy.amount import AmountLike
+from torch_otprune.policy.base import problem
+from torch_otprune.policy.registry import RULES
+from torch_otprune.policy.rules import Count, Criterion, Repairs, Rule, SettingLike
+
+__all__ = ["Channels", "Heads", "Hidden", "Units"]
+
+
+class Units(Rule):
+    """What rules about width have in common: units of one kind, ranked, removed and repaired.
+
+    Args:
+        unit: what the analysis calls the groups that the rule is about.
+    """
+
+    unit: ClassVar[Literal["channels", "heads", "hidden"]]
+    criterion: Criterion = Field(
+        default="transport",
+        validate_default=True,
+        description="ranks the units: a name, or a table with `kind` and settings",
+    )
+    repair: Repairs = Field(
+        default=("least_squares",),
+        validate_default=True,
+        description="what mends the consumers, in this order: names, or tables with `kind`",
+    )
+    min_keep: Count = Field(default=1, description="units every group keeps at least")
+    multiple_of: Count = Field(
+        default=1,
+        description="kept units are a multiple of this; a group too small for it stays whole",
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.keep is None or self.keep.relative:
+            return self
+        keep = self.keep.value
+        if keep < self.min_keep:
+            raise problem(
+                f"keep is {keep} units, but min_keep is {self.min_keep}.",
+                fix="lower min_keep or raise keep.",
+                key="keep",
+            )
+        if keep % self.multiple_of:
+            raise problem(
+                f"keep is {keep} units, which is no multiple of multiple_of = {self.multiple_of}.",
+                fix="choose a keep that is a multiple, or drop multiple_of.",
+                key="keep",
+            )
+        return self
+
+    def widths(self, units: int) -> tuple[int, ...]:
+        """List how many units a group may keep under this rule.
+
+        Args:
+            units: how many the group has.
+
+        Returns:
+            ascending counts; without `keep` the last is all of them, with `keep` there is
+            one: the nearest that `min_keep` and `multiple_of` allow.
+        """
+        step = self.multiple_of
+        allowed = [k for k in range(step, units, step) if k >= self.min_keep] + [units]
+        if self.keep is None:
+            return tuple(allowed)
+        wanted = self.keep.of(units)
+        return (min(allowed, key=lambda width: (abs(width - wanted), width)),)
+
+
+@RULES.register
+class Channels(Units):
+    """Remove channels: of convolutions and linear layers, with all that is tied to them.
+
+    Example:
+        >>> from torch_otprune.policy import Channels
+        >>> import torch_otprune.criteria, torch_otprune.repair
+        >>> rule = Channels(targets="layer*", keep="50%", multiple_of=8)
+        >>> rule.widths(64)
+        (32,)
+    """
+
+    unit = "channels"
+    kind: Literal["channels"] = "channels"
+
+    if TYPE_CHECKING:  # what may be written is wider than what is stored
+
+        def __init__(
+            self,
+            *,
+            kind: Literal["channels"] = "channels",
+            targets: str | Iterable[str] = ("auto",),
+            ignore: str | Iterable[str] = (),
+            keep: AmountLike | None = None,
+            criterion: SettingLike = "transport",
+            repair: SettingLike | Iterable[SettingLike] = ("least_squares",),
+            min_keep: int = 1,
+            multiple_of: int = 1,
+        ) -> None: ...
+
+
+@RULES.register
+class Heads(Units):
+    """Remove heads of attentions: whole heads, and where queries share keys, whole groups of them.
+
+    Example:
+        >>> from torch_otprune.policy import Heads
+        >>> import torch_otprune.criteria, torch_otprune.repair
+        >>> Heads(keep="50%").widths(12)
+        (6,)
+    """
+
+    unit = "heads"
+    kind: Literal["heads"] = "heads"
+
+    if TYPE_CHECKING:  # what may be written is wider than what is stored
+
+        def __init__(
+            self,
+            *,
+            kind: Literal["heads"] = "heads",
+            targets: str | Iterable[str] = ("auto",),
+            ignore: str | Iterable[str] = (),
+            keep: AmountLike | None = None,
+            criterion: SettingLike = "transport",
+            repair: SettingLike | Iterable[SettingLike] = ("least_squares",),
+            min_keep: int = 1,
+            multiple_of: int = 1,
+        ) -> None: ...
+
+
+@RULES.register
+class Hidden(Units):
+    """Narrow a residual stream that norms take as one: embeddings, norms and every layer on it.
+
+    A norm over fewer channels has another mean, so the smaller network is one whose norms see
+    only what is kept; the repair takes up what that changes.
+
+    Example:
+        >>> from torch_otprune.policy import Hidden
+        >>> import torch_otprune.criteria, torch_otprune.repair
+        >>> Hidden(keep=0.75, multiple_of=8).widths(64)
+        (48,)
+    """
+
+    unit = "hidden"
+    kind: Literal["hidden"] = "hidden"
+
+    if TYPE_CHECKING:  # what may be written is wider than what is stored
+
+        def __init__(
+            self,
+            *,
+            kind: Literal["hidden"] = "hidden",
+            targets: str | Iterable[str] = ("auto",),
+            ignore: str | Iterable[str] = (),
+            keep: AmountLike | None = None,
+            criterion: SettingLike = "transport",
+            repair: SettingLike | Iterable[SettingLike] = ("least_squares",),
+            min_keep: int = 1,
+            multiple_of: int = 1,
+        ) -> None: ...

@@ -1,0 +1,267 @@
+"""What is known of every tensor of a run: its fields, and where it comes from."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from torch_otprune.structure.coupling.fields import compact, core, varying
+from torch_otprune.structure.coupling.forest import KEPT, Forest
+
+__all__ = ["Axis", "Fact", "Ledger", "Role"]
+
+Role = Literal["out", "in", "through"]
+Source = Literal["data", "static", "table", "made", "filler"]
+Axis = tuple[str, int]
+"""Name of a parameter or buffer, and one of its axes."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is known of one tensor.
+
+    Args:
+        fields: compact labels; each varies along axes of its own.
+        source: `data`, computed from what the model was given; `static`, from parameters too but
+            from nothing given; `table`, a buffer, or what only moves one; `made`, from buffers and
+            constants; `filler`, a constant made in forward, which may follow.
+    """
+
+    fields: tuple[Tensor, ...] = ()
+    source: Source = "data"
+
+
+class Ledger:
+    """The labels of one run.
+
+    Args:
+        leaves: parameters and buffers by name; those of one tensor under several names appear
+            under the first.
+    """
+
+    def __init__(self, leaves: Iterable[tuple[str, Tensor]]) -> None:
+        self.forest = Forest()
+        self.facts = WeakTensorKeyDictionary()
+        self.names: dict[int, str] = {}
+        self.leaves: dict[str, Tensor] = {}
+        self.aliases: dict[str, list[str]] = defaultdict(list)
+        for name, tensor in leaves:
+            first = self.names.setdefault(id(tensor), name)
+            self.leaves[first] = tensor
+            self.aliases[first].append(name)
+        self.axes: list[Axis] = []
+        self.starts: list[int] = []
+        self.roles: dict[Axis, set[Role]] = defaultdict(set)
+        self.sheets: list[Tensor] = []
+        self.heads: list[Tensor] = []
+        self.storages: dict[int, Any] = defaultdict(WeakTensorKeyDictionary)
+        self.path: list[str] = []
+        self.op = ""
+
+    def fact(self, tensor: Tensor) -> Fact:
+        """Look a tensor up; what was never seen is data."""
+        found = self.facts.get(tensor)
+        if found is None and id(tensor) in self.names:
+            found = self._register(tensor)
+        return found or Fact()
+
+    def _register(self, tensor: Tensor) -> Fact:
+        fields, name = [], self.names[id(tensor)]
+        for axis, size in enumerate(tensor.shape):
+            if size > 1:
+                self.axes.append((name, axis))
+                self.starts.append(self.forest.size)
+                shape = [1] * tensor.dim()
+                shape[axis] = size
+                fields.append(self.forest.grow(size).view(shape).expand(tensor.shape))
+        fact = Fact(tuple(fields), "static" if isinstance(tensor, nn.Parameter) else "table")
+        self.note(tensor, fact)
+        return fact
+
+    def labels(self, name: str, axis: int) -> Tensor | None:
+        """Give the labels of one axis of a parameter.
+
+        Args:
+            name: of the parameter.
+            axis: which axis.
+
+        Returns:
+            int64, one for each index; None where it took no part in the run.
+        """
+        fact = self.facts.get(self.leaves[name])
+        for field in fact.fields if fact else ():
+            if varying(field) == (axis,):
+                return core(field).flatten()
+        return None
+
+    def note(self, tensor: Tensor, fact: Fact) -> None:
+        """Write down what is known of a tensor."""
+        self.facts[tensor] = fact
+        self.storages[tensor.untyped_storage()._cdata][tensor] = None
+        for field in fact.fields:
+            if len(varying(field)) > 1:
+                self.sheets.append(core(field).squeeze())
+
+    def mates(self, tensor: Tensor) -> list[Tensor]:
+        """List the other tensors that look at the same memory."""
+        found = self.storages[tensor.untyped_storage()._cdata]
+        return [mate for mate in list(found) if mate is not tensor]
+
+    def put(self, tensor: Any, fields: Iterable[Tensor], source: Source = "data") -> None:
+        """Write down an op's output.
+
+        Args:
+            tensor: what the op returned; anything that is no tensor is passed over.
+            fields: labels of its shape.
+            source: as in `Fact`.
+        """
+        if not isinstance(tensor, Tensor):
+            return
+        told = []
+        for field in fields if source != "made" else ():
+            assert field.shape == tensor.shape, f"{self.op}: {field.shape} for {tensor.shape}"
+            kept = compact(self.roots(field) if source == "data" else field)
+            if varying(kept):
+                told.append(kept)
+        self.note(tensor, Fact(tuple(told), source))
+
+    def roots(self, field: Tensor) -> Tensor:
+        """Name the labels of a field after their sets."""
+        return self.forest.roots(core(field)).expand(field.shape)
+
+    def source(self, tensors: Iterable[Tensor]) -> Source:
+        """Find where an op's output comes from: data if any operand does."""
+        found = {self.fact(t).source for t in tensors}
+        order: tuple[Source, ...] = ("data", "static", "table", "made", "filler")
+        return next((s for s in order if s in found), "filler")
+
+    def computed(self, tensors: Iterable[Tensor]) -> Source:
+        """Find the same of an op that computes: what comes of buffers alone does not follow."""
+        found = self.source(tensors)
+        return "made" if found == "table" else found
+
+    def play(self, tensor: Tensor, labels: Tensor, role: Role) -> None:
+        """Note what part the parameters behind some labels take.
+
+        Args:
+            tensor: the operand; only static ones count.
+            labels: as they were made, before any was joined.
+            role: `out`, `in` or `through`.
+        """
+        if self.fact(tensor).source not in ("static", "table") or not self.starts:
+            return
+        owned = np.unique(labels.numpy())
+        places = np.searchsorted(np.asarray(self.starts), owned[owned >= 0], side="right") - 1
+        for place in np.unique(places):
+            self.roles[self.axes[place]].add(role)
+
+    def object(self, labels: Tensor, kind: str, said: str) -> None:
+        """Note why the units of these labels cannot go, and where in the user's code.
+
+        Args:
+            labels: int64.
+            kind: as in `Objection`.
+            said: one clause; the op and its place are added.
+        """
+        if labels.numel() and int(labels.max()) >= 0:
+            where = f" at {line}" if (line := _line()) else ""
+            self.forest.object(labels, kind, f"{said} (op {self.op}{where})")
+
+    def tie(self, field: Tensor, axes: Collection[int]) -> Tensor:
+        """Join all labels that differ only along some axes.
+
+        Args:
+            field: compact labels.
+            axes: which.
+
+        Returns:
+            compact labels that vary along none of them.
+        """
+        kept = core(field)
+        for axis in axes:
+            if kept.shape[axis] > 1:
+                first = kept.amax(axis, keepdim=True)
+                self.join(kept, first.expand(kept.shape))
+                kept = first
+        return compact(self.forest.roots(kept).expand(field.shape))
+
+    def tied(self, field: Tensor, axes: Collection[int]) -> bool:
+        """Tell whether `tie` joins anything; what it leaves apart are places that stay."""
+        small = self.tie(field, axes)
+        before, after = self.forest.roots(core(field)), self.forest.roots(core(small))
+        kept = before != KEPT
+        return bool((before != after.expand(before.shape))[kept].any())
+
+    def join(self, first: Tensor, second: Tensor) -> None:
+        """Join labels place by place; where one stays, the other must stay too.
+
+        Args:
+            first: int64.
+            second: int64, the same shape.
+        """
+        self.forest.union(first, second)
+        alone = ((first == KEPT) != (second == KEPT)).nonzero(as_tuple=True)
+        if len(alone[0]):
+            both = torch.maximum(first[alone], second[alone])
+            self.object(both, "fixed", "they meet numbers that stay")
+
+    def without(self, field: Tensor, axes: Sequence[int], kind: str, said: str) -> Tensor | None:
+        """Take axes from a field: what varies along others is tied, what does not is blamed.
+
+        Args:
+            field: compact labels.
+            axes: the axes that are not carried.
+            kind: as in `Objection`.
+            said: as in `Objection`.
+
+        Returns:
+            compact labels that vary along other axes; None where there are none.
+        """
+        vary = varying(field)
+        if not set(vary) & set(axes):
+            return field
+        if set(vary) <= set(axes):
+            self.object(core(field), kind, said)
+            return None
+        return self.tie(field, axes)
+
+
+_OURS = "torch_otprune"
+
+
+def _line() -> str:
+    """Find the line of the user's code that is running."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.split(".")[0] not in {"torch", _OURS, "contextlib"}:
+            return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def parametrised(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """List the tensors that parametrisations compute, under the names they are read by.
+
+    Args:
+        model: any module; must run under `torch.nn.utils.parametrize.cached`.
+
+    Returns:
+        name and tensor.
+    """
+    from torch.nn.utils import parametrize
+
+    return [
+        (f"{path}.{name}" if path else name, getattr(module, name))
+        for path, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for name in module.parametrizations
+    ]

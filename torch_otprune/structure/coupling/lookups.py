@@ -1,0 +1,93 @@
+"""Ops that read or write places named by numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_otprune.structure.coupling.fields import core, spread, varying
+from torch_otprune.structure.coupling.ledger import Ledger
+from torch_otprune.structure.coupling.rules import Named, flat
+
+__all__ = ["embedding", "lookup", "scatter"]
+
+
+def embedding(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """Rows of a table, looked up by number."""
+    weight, fields, made = given["weight"], [], next(flat(out))
+    for field in ledger.fact(weight).fields:
+        if varying(field) == (1,):
+            ledger.play(weight, core(field), "out")
+            fields.append(spread(core(field).flatten(), made.shape))
+        else:
+            ledger.object(core(field), "mix", "their rows are looked up by number")
+    ledger.put(made, fields)
+
+
+def lookup(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """Places of a tensor, named by another one: what varies along other axes is carried."""
+    x = given["self"]
+    indices = given["indices"] if given["indices"] is not None else given["index"]
+    tables = list(indices) if isinstance(indices, (tuple, list)) else None
+    axes = [a for a, t in enumerate(tables) if t is not None] if tables else [given["dim"] or 0]
+    if tables:  # a mask of several axes takes several
+        axes = sorted(
+            {
+                a + k
+                for a, t in enumerate(tables)
+                if t is not None
+                for k in range(t.dim() if t.dtype in (torch.bool, torch.uint8) else 1)
+            }
+        )
+    fields = []
+    for field in ledger.fact(x).fields:
+        said = "they are picked by a table of numbers"
+        rest = ledger.without(field, axes, "mix", said)
+        if rest is not None:
+            fields.append(_picked(op, rest, given, out))
+    others = list(flat(indices))
+    ledger.put(out, fields, ledger.source([x, *others]))
+
+
+def _picked(op: Any, field: Tensor, given: Named, out: Tensor) -> Tensor:
+    others = {k: v for k, v in given.items() if k != "self"}
+    if out.device.type == "meta":
+        raise NotImplementedError
+    picked: Tensor = op(field, **_on_cpu(others))
+    return picked
+
+
+def _on_cpu(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.cpu()
+    if isinstance(tree, dict):
+        return {key: _on_cpu(value) for key, value in tree.items()}
+    return [_on_cpu(v) for v in tree] if isinstance(tree, (tuple, list)) else tree
+
+
+def scatter(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """Numbers written or added at places along one axis of another tensor."""
+    x = given["self"]
+    source = next((given[n] for n in ("source", "src", "values") if given[n] is not None), None)
+    indices = given["indices"]
+    axes = [a for a, t in enumerate(indices) if t is not None] if indices else [given["dim"] or 0]
+    told = []
+    for tensor in (t for t in (x, source) if isinstance(t, Tensor)):
+        shift = out.dim() - tensor.dim()
+        for field in ledger.fact(tensor).fields:
+            said = "they are written to places named by numbers"
+            here = [a - shift for a in axes if a >= shift] if tensor is not x else axes
+            rest = ledger.without(field, here, "mix", said)
+            if rest is not None:
+                kept = core(rest)
+                if all(
+                    n in (1, m)
+                    for n, m in zip(reversed(kept.shape), reversed(out.shape), strict=False)
+                ):
+                    told.append(spread(kept, out.shape))
+    slots = [told[0]] if told else []
+    for field in told[1:]:
+        ledger.join(*torch.broadcast_tensors(core(slots[0]), core(field)))
+    ledger.put(out, slots, ledger.source([t for t in (x, source) if isinstance(t, Tensor)]))

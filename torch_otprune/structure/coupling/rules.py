@@ -1,0 +1,321 @@
+"""What each kind of op does to labels; every rule reads (ledger, args, output)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_otprune.structure.coupling.contract import contract, own
+from torch_otprune.structure.coupling.fields import compact, core, spread, varying
+from torch_otprune.structure.coupling.forest import KEPT
+from torch_otprune.structure.coupling.ledger import Ledger
+from torch_otprune.structure.coupling.moves import held
+
+__all__ = [
+    "Named",
+    "Rule",
+    "attention",
+    "cat",
+    "filler",
+    "flat",
+    "glu",
+    "keep",
+    "matrix",
+    "meet",
+    "move",
+    "pad",
+    "pointwise",
+    "sequence",
+    "unknown",
+]
+
+
+class Named(dict[str, Any]):
+    """An op's arguments by the names of its schema; absent ones are None."""
+
+    def __missing__(self, key: str) -> None:
+        return None
+
+
+Rule = Callable[[Ledger, Any, Named, Any], None]
+
+
+def flat(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors among an op's arguments or outputs."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from flat(value)
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from flat(value)
+
+
+def pointwise(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """Numbers at one place of all operands belong together."""
+    operands = [t for t in flat(given) if t.numel() != 1 or t.dim()]
+    for made in flat(out):
+        meet(ledger, operands, made)
+
+
+def meet(ledger: Ledger, operands: Sequence[Tensor], out: Tensor, *, role: str = "through") -> None:
+    """Join the fields of operands that are broadcast against one another."""
+    shape, facts = out.shape, [ledger.fact(t) for t in operands]
+    slots: list[tuple[set[int], list[tuple[int, Tensor]]]] = []
+    for number, fact in enumerate(facts):
+        for field in fact.fields:
+            wide = spread(field, shape)
+            _place(slots, (number, wide))
+    told = []
+    for axes, members in slots:
+        told.append(_merge(ledger, operands, shape, axes, members))
+        for number, wide in members:
+            if len(operands) > 1 or role != "through":
+                ledger.play(operands[number], core(wide), role)  # type: ignore[arg-type]
+    source = ledger.source(operands) if role == "keep" else ledger.computed(operands)
+    ledger.put(out, [f for f in told if f is not None], source)
+
+
+def _place(
+    slots: list[tuple[set[int], list[tuple[int, Tensor]]]],
+    item: tuple[int, Tensor],
+    *,
+    apart: Collection[int] = (),
+) -> None:
+    """Put a field to those that vary along an axis of its own; `apart` counts only by itself."""
+    axes, members = set(varying(item[1])), [item]
+    axes = axes - set(apart) or axes
+    for slot in [s for s in slots if s[0] & axes]:
+        slots.remove(slot)
+        axes |= slot[0]
+        members = slot[1] + members
+    slots.append((axes, members))
+
+
+def _merge(
+    ledger: Ledger,
+    operands: Sequence[Tensor],
+    shape: torch.Size,
+    axes: set[int],
+    members: list[tuple[int, Tensor]],
+) -> Tensor | None:
+    """Join what meets in one slot; where an operand does not follow along an axis, tie it."""
+    stiff: set[int] = set()
+    for number, operand in enumerate(operands):
+        if ledger.fact(operand).source == "filler":
+            continue
+        follows = {a for n, f in members if n == number for a in varying(f)}
+        if ledger.fact(operand).source == "table" and follows < axes:
+            members[:] = [(n, f) for n, f in members if n != number]
+            follows = set()  # a table of angles or positions has no say in heads
+        shift = len(shape) - operand.dim()
+        full = {a for a in axes if a >= shift and own(operand, a - shift)}
+        stiff |= full - follows
+    fields = [field for _, field in members]
+    if stiff:
+        said = "they meet a tensor that does not follow"
+        fields = [
+            f
+            for f in (ledger.without(f, sorted(stiff), "fixed", said) for f in fields)
+            if f is not None
+        ]
+    if not fields:
+        return None
+    result = fields[0]
+    for field in fields[1:]:
+        small = torch.broadcast_tensors(core(result), core(field))
+        ledger.join(*small)
+        result = spread(ledger.forest.roots(torch.maximum(*small)), shape)
+    return result
+
+
+def move(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """The numbers stay what they are and change places: carry the op out on the labels."""
+    (_, x), *others = given.items()
+    if op.overloadpacket.__name__.startswith("as_strided"):
+        others.append(("like", x))
+    made, fact = list(flat(out)), ledger.fact(x)
+    fields: list[list[Tensor]] = [[] for _ in made]
+    for field in fact.fields:
+        tied = held(ledger, op, field, given)
+        for told, label in zip(fields, flat(_moved(op, tied, dict(others))), strict=True):
+            told.append(label)
+    for tensor, told in zip(made, fields, strict=True):
+        ledger.put(tensor, told, fact.source)
+
+
+_COPIES = {"view": "reshape", "_unsafe_view": "reshape", "_reshape_alias": "reshape"}
+
+
+def _moved(op: Any, field: Tensor, others: dict[str, Any]) -> Any:
+    name = op.overloadpacket.__name__
+    if name.startswith("as_strided"):
+        return _restrided(op, field, others)
+    if name in _COPIES:
+        return field.reshape(next(iter(others.values())))
+    if name.endswith("channel_shuffle"):
+        return field.unflatten(1, (others["groups"], -1)).transpose(1, 2).flatten(1, 2)
+    return op(field, **others)
+
+
+def _restrided(op: Any, field: Tensor, others: dict[str, Any]) -> Tensor:
+    """Lay the labels out in memory as the numbers are, and read them as the op does."""
+    like = others.pop("like")
+    if list(others["size"]) == list(field.shape):  # the strides of a pooled picture
+        return field
+    laid = torch.empty_strided(like.shape, like.stride(), dtype=field.dtype, device="cpu")
+    offset = others.pop("storage_offset", None)
+    away = (like.storage_offset() if offset is None else offset) - like.storage_offset()
+    return op(laid.copy_(field), **others, storage_offset=away)
+
+
+def keep(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """The output has the labels of the first operand: a copy, a cast, zeros like it."""
+    x = next(flat(given))
+    for made in flat(out):
+        fields = ledger.fact(x).fields if made.shape == x.shape else ()
+        ledger.put(made, fields, ledger.fact(x).source)
+
+
+def pad(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """Zeros beside a tensor stay; along axes where nothing varies they are as all others."""
+    x, widths = given["self"], list(given["pad"] or given["padding"])
+    fields = []
+    for field in ledger.fact(x).fields:
+        kept = core(field) + 1
+        asked = [0] * (2 * x.dim())
+        asked[: len(widths)] = widths
+        for axis, size in enumerate(kept.shape):
+            if size == 1:
+                place = 2 * (x.dim() - 1 - axis)
+                asked[place : place + 2] = [0, 0]
+        shifted = torch.nn.functional.pad(kept, asked) - 1
+        fields.append(spread(shifted, out.shape))
+    ledger.put(out, fields, ledger.fact(x).source)
+
+
+def cat(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """Labels side by side; a part without any stays."""
+    parts = [t for t in given["tensors"] if t.numel()]
+    axis = (given["dim"] or 0) % out.dim()
+    new = op.overloadpacket.__name__ == "stack"
+    slots: list[tuple[set[int], list[tuple[int, Tensor]]]] = []
+    for number, tensor in enumerate(parts):
+        for field in ledger.fact(tensor).fields:
+            _place(slots, (number, field.unsqueeze(axis) if new else field), apart={axis})
+    shapes = [p.unsqueeze(axis).shape if new else p.shape for p in parts]
+    fields = [_abreast(ledger, members, shapes, axis, out.shape) for _, members in slots]
+    ledger.put(out, fields, ledger.source(parts))
+
+
+def _abreast(
+    ledger: Ledger,
+    members: list[tuple[int, Tensor]],
+    shapes: list[torch.Size],
+    axis: int,
+    shape: torch.Size,
+) -> Tensor:
+    """Write the labels of one slot beside one another; what runs along all parts is one."""
+    each = [[f for n, f in members if n == number] for number in range(len(shapes))]
+    lines = [_united(ledger, fields, s) for fields, s in zip(each, shapes, strict=True)]
+    if any(axis in varying(line) for line in lines):
+        return torch.cat(lines, axis)
+    narrow = torch.broadcast_tensors(*(core(line) for line in lines))
+    for line in narrow[1:]:
+        ledger.join(narrow[0], line)
+    return spread(torch.stack(narrow).amax(0), shape)
+
+
+def _united(ledger: Ledger, fields: list[Tensor], shape: torch.Size) -> Tensor:
+    """Make one field of several; one of labels that stay where there is none."""
+    if not fields:
+        return compact(torch.full([1] * len(shape), KEPT, device="cpu").expand(shape))
+    for field in fields[1:]:
+        ledger.join(*torch.broadcast_tensors(core(fields[0]), core(field)))
+    return compact(torch.broadcast_tensors(*(core(f) for f in fields))[0].expand(shape))
+
+
+def matrix(spec: str) -> Rule:
+    """Make the rule of a matrix product."""
+
+    def rule(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+        *bias, a, b = list(flat(given))
+        contract(ledger, (a, b), spec, out)
+        for tensor in bias:
+            meet(ledger, [out, tensor], out, role="out")
+
+    return rule
+
+
+def attention(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """Scores from queries and keys, then a mean of values: two products over each head."""
+    q, made = given["query"], next(flat(out))
+    k, v = (_repeated(ledger, given[name], q.shape[1]) for name in ("key", "value"))
+    shape = (*q.shape[:-1], k.shape[-2])
+    scores = q.new_empty(shape, device="meta")
+    contract(ledger, (q, k), "bhsd,bhtd->bhst", scores)
+    mask = given["attn_mask"] if given["attn_mask"] is not None else given["attn_bias"]
+    if mask is not None:
+        meet(ledger, [scores, mask], scores)
+    contract(ledger, (scores, v), "bhst,bhtd->bhsd", made)
+
+
+def _repeated(ledger: Ledger, x: Tensor, heads: int) -> Tensor:
+    """Write keys or values of grouped queries once for every query head."""
+    times = heads // x.shape[1]
+    if times == 1:
+        return x
+    wide = x.new_empty((x.shape[0], heads, *x.shape[2:]), device="meta")
+    fields = [f.repeat_interleave(times, 1) for f in ledger.fact(x).fields]
+    ledger.put(wide, fields, ledger.fact(x).source)
+    return wide
+
+
+def filler(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """A constant made in forward: it may follow, as the trial will show."""
+    for made in flat(out):
+        ledger.put(made, (), "filler")
+
+
+def sequence(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """Numbers made from nothing but a size: they do not follow."""
+    for made in flat(out):
+        ledger.put(made, (), "made")
+
+
+def patches(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """Windows of a picture, one column each: a channel's label on each of its taps."""
+    x, fields = given["self"], []
+    for field in ledger.fact(x).fields:
+        rest = ledger.without(field, [x.dim() - 2, x.dim() - 1], "mix", "their positions are mixed")
+        if rest is None:
+            continue
+        taps = out.shape[-2] // x.shape[-3]
+        kept = core(rest).squeeze(-1)
+        kept = kept.repeat_interleave(taps, -2) if kept.shape[-2] > 1 else kept
+        fields.append(spread(kept, out.shape))
+    ledger.put(out, fields, ledger.fact(x).source)
+
+
+def glu(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """One half gates the other."""
+    x = given["self"]
+    axis = given["dim"] if given["dim"] is not None else -1
+    halves = x.chunk(2, axis)
+    for half, place in zip(halves, (0, 1), strict=True):
+        fields = [f.chunk(2, axis)[place] for f in ledger.fact(x).fields]
+        ledger.put(half, fields, ledger.fact(x).source)
+    meet(ledger, halves, out)
+
+
+def unknown(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """No rule: nothing that gets here can go."""
+    for tensor in flat(given):
+        for field in ledger.fact(tensor).fields:
+            ledger.object(core(field), "unknown", "this op may mix channels")
+    for made in flat(out):
+        ledger.put(made, ())
