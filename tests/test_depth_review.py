@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 import torch_otprune as otp
 from tests.depth_cases import Stack, build, data
 from tests.test_distributed import _run
+from torch_otprune import pipeline
 from torch_otprune.errors import CalibrationError
 from torch_otprune.policy import LAYER_CRITERIA, REPLACEMENTS
+from torch_otprune.repair.replace import left_to_repair
 from torch_otprune.report import count_macs, count_params
 from torch_otprune.statistics.taps import Taps
 from torch_otprune.structure import trace
+from torch_otprune.structure.forward import flat_tensors
 from torch_otprune.structure.graph import Block
-from torch_otprune.structure.mute import muted
+from torch_otprune.structure.mute import exchanged, muted
 
 
 def stack(block: Any = None, *, width: int = 6, blocks: int = 3) -> Stack:
@@ -59,6 +62,33 @@ class Half(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
+
+
+# What a module returns
+
+
+class Named(NamedTuple):
+    """A return value with names."""
+
+    stream: Tensor
+    rest: Any
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: t,
+        lambda t: (t, 1),
+        lambda t: [None, (t, "a")],
+        lambda t: Named(t, [t]),
+        lambda t: {"a": (t,), "b": 2},
+    ],
+)
+def test_one_tensor_takes_another_s_place_in_whatever_a_module_returns(wrap: Any) -> None:
+    old, new = torch.zeros(2), torch.ones(2)
+    changed, wanted = exchanged(wrap(old), old, new), wrap(new)
+    assert type(changed) is type(wanted)
+    assert flat_tensors(changed) and all(t is new for t in flat_tensors(changed))
 
 
 # Several processes
@@ -497,3 +527,46 @@ class Masked(Stack):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return super().forward(x)
+
+
+# Work that is done once, or not at all
+
+
+def test_nothing_is_folded_where_no_activation_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("there is nothing to fold")
+
+    monkeypatch.setattr(pipeline, "_fold_", never)
+    for rule in (otp.Layers(drop=1), otp.Channels(targets="blocks.*.up", keep=0.5)):
+        report = prune(stack(), rule, batch=tokens())
+        assert "fold" not in report.seconds
+
+
+QUICK = {"kind": "reconstruct", "steps": 1}
+REFITS: list[tuple[Any, Any, bool]] = [
+    ("affine", "least_squares", True),
+    ("affine", ("norm", "least_squares"), True),
+    ("affine", QUICK, True),
+    ("affine", {**QUICK, "least_squares": None}, False),
+    ("affine", "norm", False),
+    ("affine", (), False),
+    ("identity", "least_squares", False),
+    ("scale", "least_squares", False),
+    ("bures", QUICK, False),
+]
+
+
+@pytest.mark.parametrize(("standing", "repair", "left"), REFITS)
+def test_what_stands_in_is_left_to_a_repair_that_refits_it_and_to_no_other(
+    standing: str, repair: Any, left: bool
+) -> None:
+    rule = otp.Layers(drop=1, replace=standing, repair=repair)
+    assert left_to_repair(rule.replace, rule.repair) is left
+
+
+@pytest.mark.parametrize("repair", [repair for _, repair, _ in REFITS[:6]])
+def test_the_layer_in_front_is_fitted_once_in_place_of_a_block(repair: Any) -> None:
+    rule = otp.Layers(targets="blocks.1", drop=1, repair=repair)
+    notes = prune(stack(Half), rule, batch=tokens()).repairs
+    alone = [note for note in notes if note.kind == "affine"]
+    assert bool(alone) is not left_to_repair(rule.replace, rule.repair)

@@ -714,7 +714,7 @@ def test_the_refit_of_a_folded_layer_is_the_least_squares_solution_of_the_dense_
     model = nn.Sequential(*layers).double()
     x = torch.randn(512, 6, dtype=torch.float64)
     goal = model[:3](x).detach()
-    repair = {"kind": "least_squares", "ridge": 1e-12}
+    repair = {"kind": "least_squares", "ridge": 1e-12, "one_sided": 0}
     rule = otp.Linearize(targets="1", drop=1, surrogate="identity", repair=repair)
     pruned(model, otp.Policy(rules=rule), [x])
     design = torch.cat([x, torch.ones(512, 1, dtype=torch.float64)], 1)

@@ -19,9 +19,9 @@ from torch_otprune.attach import (
 from torch_otprune.fold import changes, linearize_, lines_of, refold_, refolded
 from torch_otprune.plan import Plan
 from torch_otprune.policy import Layers, Policy
-from torch_otprune.repair import LeastSquares, Note, Patient, Repair
+from torch_otprune.repair import Note, Patient, Repair
 from torch_otprune.repair.lockstep import distance
-from torch_otprune.repair.replace import Affine, Fitted
+from torch_otprune.repair.replace import Fitted, left_to_repair
 from torch_otprune.repair.replace.base import hand_norms_
 from torch_otprune.report import Report
 from torch_otprune.statistics import collect, rebatched
@@ -29,6 +29,7 @@ from torch_otprune.statistics.reduce import share
 from torch_otprune.statistics.sites import watch_sites
 from torch_otprune.store import WayBack
 from torch_otprune.structure import Graph, head, trace
+from torch_otprune.structure.fingerprint import layout
 from torch_otprune.surgery import (
     Snapshot,
     check_plan,
@@ -130,7 +131,7 @@ def apply_(
         except BaseException:  # whatever happened, the model must be as it was
             snapshot.restore_()
             raise
-    return report.bind_undo_(WayBack(snapshot, plan))
+    return report.bind_undo_(WayBack(snapshot, plan, layout(dense)))
 
 
 def _operate(
@@ -146,8 +147,10 @@ def _operate(
     with watch("cut"):
         cut_(model, plan.cuts)
         exchange_(model, plan.drops)
-    with watch("fold"):
-        added = _fold_(model, dense, graph, plan, batches)
+    added = {"params": 0, "macs": 0}
+    if plan.lines or plan.foldings:
+        with watch("fold"):
+            added = _fold_(model, dense, graph, plan, batches)
     raw = copied(model)
     with watch("repair"):
         notes = repair_(model, dense, graph, plan, batches, progress=watch.progress)
@@ -227,9 +230,8 @@ def _replace_(patient: Patient, plan: Plan) -> list[Note]:
         drops = [drop for drop in plan.drops if drop.rule == index]
         if not (drops and isinstance(rule, Layers) and isinstance(rule.replace, Fitted)):
             continue
-        refits = any(isinstance(repair, LeastSquares) for repair in rule.repair)
         own = replace(patient, cuts=(), drops=drops)
-        if isinstance(rule.replace, Affine) and refits:
+        if left_to_repair(rule.replace, rule.repair):
             hand_norms_(own)
         else:
             notes += _guarded(rule.replace, own)

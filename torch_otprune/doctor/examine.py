@@ -11,17 +11,19 @@ from torch import nn
 from torch_otprune.doctor.model import Activation, Diagnosis, Removable
 from torch_otprune.errors import StructureError
 from torch_otprune.fold.segments import Segment, segments
-from torch_otprune.plan.model import Cost
+from torch_otprune.plan.model import Cost, Drop
 from torch_otprune.structure.doctor import Finding, ailments, findings, wards
 from torch_otprune.structure.forward import head
 from torch_otprune.structure.graph import Block, Blocked, Graph, Site
 from torch_otprune.structure.layers import shared
 from torch_otprune.structure.probe import probe
 from torch_otprune.structure.trace import trace
+from torch_otprune.surgery.oracle import compared
 
 __all__ = ["doctor"]
 
 _EXAMPLE = 2  # samples of the example that the trace runs on
+_USED = "leave it, or let the model use and return nothing of it but its stream."
 _INSTEAD = {
     "block": "nothing: its input is handed on",
     "branch": "nothing: the stream goes on without it",
@@ -44,14 +46,16 @@ def doctor(model: nn.Module, example: Any) -> Diagnosis:
     Raises:
         StructureError: if the model cannot be analysed, or does not run on the example.
 
-    Limits: reads the structure only. The plan also checks each cut on the real model and may
-        refuse what is listed here. What stands in for a block may cost something; that depends
-        on the rule's `replace`.
+    Limits: blocks are taken out of a copy to see whether the model runs without, until one of each
+        kind can be, by the classes of the module and of the one around it. The plan tries them
+        all, and every cut, and may refuse what is listed here. What stands in for a block may cost
+        something; that depends on the rule's `replace`.
     """
     some = head(example, _EXAMPLE)
     graph, ran = _traced(model, some), probe(model, some).calls
     full = graph.full()
-    free, tied = _untied(graph.blocks, shared(model))
+    untied, tied = _untied(graph.blocks, shared(model))
+    free, used = _unused(model, untied, some)
     return Diagnosis(
         model=type(model).__name__,
         params=graph.costs["params"].at(full),
@@ -60,7 +64,7 @@ def doctor(model: nn.Module, example: Any) -> Diagnosis:
         groups=wards(graph),
         ailments=ailments(graph.blocked),
         blocks=tuple(_removable(graph, block) for block in free),
-        stuck=ailments((*graph.stuck, *tied)),
+        stuck=ailments((*graph.stuck, *tied, *used)),
         activations=tuple(map(_activation, graph.sites)),
         segments=_foldable(model, some, graph.sites),
     )
@@ -89,6 +93,44 @@ def _untied(blocks: Sequence[Block], ties: frozenset[str]) -> tuple[list[Block],
         else:
             free.append(block)
     return free, tied
+
+
+def _unused(
+    model: nn.Module, blocks: Sequence[Block], example: Any
+) -> tuple[list[Block], list[Blocked]]:
+    """Set apart the blocks that the model looks into: it does not run once they are gone."""
+    fine = set[tuple[object, ...]]()
+    free, used = list[Block](), list[Blocked]()
+    for block in blocks:
+        kind = _kind(model, block)
+        far, said = (0.0, "") if kind in fine else _without_it(model, block, example)
+        if far < float("inf"):
+            fine.add(kind)
+            free.append(block)
+        else:
+            used.append(Blocked(block.name, (block.name,), said, _USED))
+    return free, used
+
+
+def _kind(model: nn.Module, block: Block) -> tuple[object, ...]:
+    """Tell blocks apart that the model may treat differently."""
+    around, _, name = block.name.rpartition(".")
+    classes = (type(model.get_submodule(path)) for path in (block.name, around))
+    return (block.kind, block.level, "" if name.isdecimal() else name, *classes)
+
+
+def _without_it(model: nn.Module, block: Block, example: Any) -> tuple[float, str]:
+    """Take a block out of a copy, and run it beside the model in which the block is muted."""
+    drop = Drop(
+        block=block.name,
+        rule=0,
+        criterion="",
+        replace="identity",
+        reason="",
+        error=0.0,
+        swaps=block.swaps,
+    )
+    return compared(model, [], example, drops=[drop])
 
 
 def _placed(finding: Finding, blocks: Sequence[Block]) -> Finding:

@@ -104,8 +104,17 @@ def _merged(
     for place, item in enumerate(items):
         found.setdefault(place if every else (pattern(name(item)), key(item)), []).append(item)
     for members in found.values():
-        single = len(members) == 1
-        yield (name(members[0]) if single else pattern(name(members[0]))), members
+        yield _alike([name(member) for member in members]), members
+
+
+def _alike(names: Sequence[str]) -> str:
+    """Write a star for the numbers in which names of one pattern differ."""
+    if len(set(names)) == 1:
+        return names[0]
+    bare = [_ORDINAL.sub("", name) for name in names]
+    columns = zip(*map(_NUMBER.findall, bare), strict=True)
+    stars = iter([column[0] if len(set(column)) == 1 else "*" for column in columns])
+    return _NUMBER.sub(lambda _: next(stars), bare[0])
 
 
 def _said(text: str, members: Sequence[object], every: bool) -> str:
@@ -157,7 +166,7 @@ def _blocks(found: Diagnosis, every: bool) -> Iterator[Row]:
 
     for name, members in _merged(_ordered(found.blocks), lambda b: b.block, key, every=every):
         first, chains = members[0], len({block.chain for block in members})
-        run = f" in {chains} run{'s' * (chains > 1)}" if len(members) > 1 else ""
+        run = f" in {chains} run{'s' * (chains > 1)}{_span(members)}" if len(members) > 1 else ""
         if every:
             run = f": {first.place + 1} of the run from {first.chain}"
         params = [b.params.before - b.params.after for b in members]
@@ -165,6 +174,17 @@ def _blocks(found: Diagnosis, every: bool) -> Iterator[Row]:
         share = f"{sum(macs) / found.macs:.1%}" if found.macs else "-"
         kind = f"{first.level} ({first.kind})"
         yield name, f"{len(members)}{run}", kind, _range(params), _range(macs), share
+
+
+def _span(blocks: Sequence[Removable]) -> str:
+    """Write the numbers of a run without gaps, from the first to the last."""
+    parts = [block.block.split(".") for block in blocks]
+    places = [i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1]
+    if len(places) != 1 or not all(path[places[0]].isdecimal() for path in parts):
+        return ""
+    numbers = [int(path[places[0]]) for path in parts]
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f": {numbers[0]} ... {numbers[-1]}" if whole else ""
 
 
 def _ordered(blocks: Iterable[Removable]) -> list[Removable]:
@@ -211,14 +231,20 @@ def _spelled(segment: Segment) -> str:
 
 def _stays(findings: Iterable[Finding], every: bool) -> Iterator[Row]:
     def key(finding: Finding) -> Hashable:
-        return finding.fate, _clauses(finding.reason), tuple(map(pattern, finding.blocks))
+        return finding.fate, _clauses(finding.reason), frozenset(map(pattern, finding.blocks))
+
+    def owner(finding: Finding) -> str:  # all tensors of one module together
+        return finding.parameter if every else finding.parameter.rpartition(".")[0]
 
     stuck = (finding for finding in findings if finding.fate != "prunable")
-    for name, members in _merged(stuck, lambda f: f.parameter, key, every=every):
+    for module, members in _merged(stuck, owner, key, every=every):
+        leaves = dict.fromkeys(member.parameter.rpartition(".")[2] for member in members)
+        name = module if every else f"{module}.{'|'.join(leaves)}".lstrip(".")
         first = members[0]
         causes = _short(first.reason.split("; "), members, every)
         more = f" (and {len(causes) - 1} more reasons)" if len(causes) > 1 and not every else ""
-        blocks = ", ".join(_short(first.blocks, members, every))
+        alike = len({member.blocks for member in members}) == 1
+        blocks = ", ".join(first.blocks if alike else _short(first.blocks, members, every))
         told = causes[0] + more if more else "; ".join(causes)
         yield name, str(len(members)), first.fate, blocks, told, first.fix
 

@@ -75,7 +75,7 @@ def linearized(
         raise BudgetError(
             "nothing would be removed.",
             where=f"Policy, {len(linear_rules(plan.policy))} rules about activations",
-            fix="lower the keep of a rule.",
+            fix="lower the keep of a rule, or give it a drop.",
         )
     return _completed(work, done)
 

@@ -1,7 +1,7 @@
 """Layers that we bring."""
 
 from torch_otprune.nn.depth import ChannelScale, LowRank, Skip, Zero
-from torch_otprune.nn.wiring import STREAM, Wiring, check_wiring, stream_of, wired, wiring_of
+from torch_otprune.nn.wiring import STREAM, Wiring, check_wiring, streamed, wired
 
 __all__ = [
     "STREAM",
@@ -11,7 +11,6 @@ __all__ = [
     "Wiring",
     "Zero",
     "check_wiring",
-    "stream_of",
+    "streamed",
     "wired",
-    "wiring_of",
 ]

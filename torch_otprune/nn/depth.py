@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.errors import StructureError
-from torch_otprune.nn.wiring import Wiring, check_wiring, stream_of, wired
+from torch_otprune.nn.wiring import Wiring, check_wiring, streamed, wired
 from torch_otprune.structure.layers import Counted
 
 __all__ = ["ChannelScale", "LowRank", "Skip", "Zero"]
@@ -34,7 +34,7 @@ class Skip(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the stream as it came."""
-        return wired(self.wiring, stream_of(args, kwargs), args, kwargs)
+        return wired(self.wiring, streamed(args, kwargs), args, kwargs)
 
     def extra_repr(self) -> str:
         """Say more than the default, if it is more."""
@@ -70,7 +70,7 @@ class Zero(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return zeros of the branch's shape."""
-        x = stream_of(args, kwargs)
+        x = streamed(args, kwargs)
         last = self.axis == -1
         shape = (*x.shape[:-1], self.size) if last else (x.shape[0], self.size, *x.shape[2:])
         return wired(self.wiring, x.new_zeros(shape), args, kwargs)
@@ -106,7 +106,7 @@ class ChannelScale(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Scale and shift the stream."""
-        x = stream_of(args, kwargs)
+        x = streamed(args, kwargs)
         y = torch.addcmul(self.shift, x.movedim(self.axis, -1), self.scale)
         return wired(self.wiring, y.movedim(-1, self.axis), args, kwargs)
 
@@ -157,7 +157,7 @@ class LowRank(Counted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add the map of the stream to the stream."""
-        x = stream_of(args, kwargs)
+        x = streamed(args, kwargs)
         tokens = x.movedim(self.axis, -1)
         y = tokens + (tokens @ self.down.T) @ self.up.T + self.bias
         return wired(self.wiring, y.movedim(-1, self.axis), args, kwargs)

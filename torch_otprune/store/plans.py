@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -10,21 +11,40 @@ from torch_otprune.errors import PlanError
 from torch_otprune.plan.model import Plan
 from torch_otprune.surgery.undo import Snapshot
 
-__all__ = ["PLANS", "WayBack", "forget", "plan_of", "remember"]
+__all__ = ["PLANS", "WayBack", "dense_of", "forget", "plan_of", "remember"]
 
-PLANS: dict[int, tuple[weakref.ref[nn.Module], Plan]] = {}
-"""The plan of every living pruned model, by identity: the module itself carries no mark."""
+Layout = Mapping[str, str]  # name to shape and type
+
+PLANS: dict[int, tuple[weakref.ref[nn.Module], Plan, Layout]] = {}
+"""The plan of every living pruned model, by identity: the module itself carries no mark.
+
+With it goes the layout of the dense model, which cannot be told from what is left of it.
+"""
 
 
-def remember(model: nn.Module, plan: Plan) -> None:
+def remember(model: nn.Module, plan: Plan, dense: Layout | None = None) -> None:
     """Note that a model was pruned by a plan, for as long as the model lives.
 
     Args:
         model: the pruned model; a copy of it is not remembered.
         plan: what was carried out on it.
+        dense: name to shape and type of the tensors it had before; None where not known.
     """
     key = id(model)
-    PLANS[key] = (weakref.ref(model, lambda _: PLANS.pop(key, None)), plan)
+    PLANS[key] = (weakref.ref(model, lambda _: PLANS.pop(key, None)), plan, dense or {})
+
+
+def dense_of(plan: Plan) -> dict[str, str]:
+    """Look up the layout of the dense model that a plan was made for.
+
+    Args:
+        plan: what was carried out on a model that still lives, or on an equal one.
+
+    Returns:
+        name to shape and type; empty where it is not known.
+    """
+    known = (dense for _, other, dense in PLANS.values() if other.fingerprint == plan.fingerprint)
+    return dict(next(filter(None, known), {}))
 
 
 def forget(model: nn.Module) -> None:
@@ -67,13 +87,14 @@ class WayBack:
     Args:
         snapshot: the model before.
         plan: what was carried out on it.
+        dense: name to shape and type of the model's tensors before.
     """
 
-    def __init__(self, snapshot: Snapshot, plan: Plan) -> None:
+    def __init__(self, snapshot: Snapshot, plan: Plan, dense: Layout) -> None:
         self.snapshot, self.plan = snapshot, plan
         found = PLANS.get(id(snapshot.model))
-        self.before = found[1] if found is not None and found[0]() is snapshot.model else None
-        remember(snapshot.model, plan)
+        self.before = found[1:] if found is not None and found[0]() is snapshot.model else None
+        remember(snapshot.model, plan, dense)
 
     def __call__(self) -> None:
         """Restore the model.
@@ -91,7 +112,7 @@ class WayBack:
         self.snapshot.restore_()
         forget(self.snapshot.model)
         if self.before is not None:
-            remember(self.snapshot.model, self.before)
+            remember(self.snapshot.model, *self.before)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()

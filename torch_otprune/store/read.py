@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_otprune.errors import LoadError, OTPruneError
 from torch_otprune.fold import linearize_, refold_
+from torch_otprune.plan.model import Plan
 from torch_otprune.store.files import PLAN, WEIGHTS, Saved, digest, format_of, transient
 from torch_otprune.store.plans import remember
 from torch_otprune.structure.fingerprint import fingerprint, layout
@@ -49,7 +50,7 @@ def load(directory: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Modul
     _fill_(model, tensors, saved)
     for path, module in model.named_modules():
         module.training = saved.training != (path in saved.exceptions)
-    remember(model, saved.plan)
+    remember(model, saved.plan, saved.dense)
     return model
 
 
@@ -119,12 +120,25 @@ def _build(factory: Callable[[], nn.Module]) -> nn.Module:
 def _check_dense(model: nn.Module, saved: Saved) -> None:
     if fingerprint(model) == saved.plan.fingerprint:
         return
-    difference = _difference(layout(model), saved.dense) if saved.dense else None
+    known = _difference(layout(model), saved.dense) if saved.dense else None
+    difference = known or _missing(model, saved.plan)
     raise LoadError(
         difference or "the factory's model has other tensors than the one that was pruned.",
         where=f"load, factory of {type(model).__name__}",
         fix="pass a factory that builds the dense model exactly as it was when pruned.",
     )
+
+
+def _missing(model: nn.Module, plan: Plan) -> str | None:
+    """Name the first module that the plan decides about and that is not there."""
+    names = {name for name, _ in model.named_modules()}
+    parameters = {name for name, _ in model.named_parameters()}
+    wanted = [piece.path for cut in plan.cuts for piece in cut.slices]
+    wanted += [swap.path for drop in plan.drops for swap in drop.swaps]
+    wanted += [path for line in plan.lines for path in (line.site, line.into) if path is not None]
+    wanted += [path for folding in plan.foldings for path in folding.layers]
+    found = next((path for path in wanted if path not in names | parameters), None)
+    return None if found is None else f"the factory's model has no module '{found}'."
 
 
 def _check_pruned(model: nn.Module, saved: Saved) -> None:
@@ -142,6 +156,7 @@ def _shapes(described: Mapping[str, str]) -> dict[str, str]:
 
 
 def _difference(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
+    """Name the first tensor that differs."""
     for name in sorted(here.keys() | there.keys()):
         if name not in there:
             return f"the factory's model has '{name}', the saved one has not."

@@ -19,7 +19,7 @@ from torch_otprune.errors import LoadError, PlanError
 from torch_otprune.plan.model import Plan
 from torch_otprune.report.measure import count_params
 from torch_otprune.store.files import PLAN, WEIGHTS, Saved, digest, format_of, transient
-from torch_otprune.store.plans import plan_of
+from torch_otprune.store.plans import dense_of, plan_of
 from torch_otprune.structure.fingerprint import fingerprint_of, layout
 from torch_otprune.structure.layers import axes, channels
 
@@ -180,7 +180,9 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _dense(model: nn.Module, plan: Plan, described: Mapping[str, str]) -> dict[str, str]:
-    """Work the dense layout back from the slices; empty if its hash is not the plan's."""
+    """Look the dense layout up, or work it back from the slices; empty if that is not it."""
+    if known := dense_of(plan):
+        return known
     dense, modules = dict(described), dict(model.named_modules())
     for piece in (piece for cut in plan.cuts for piece in cut.slices):
         if (module := modules.get(piece.path)) is None:  # a bare parameter
