@@ -79,12 +79,25 @@ def test_the_worst_direction_is_found_in_256_dimensions() -> None:
 
 
 @pytest.mark.parametrize("m", [30, 22])
-def test_the_gradient_of_max_sliced_is_that_of_its_direction(m: int) -> None:
+def test_the_gradient_of_max_sliced_is_nearly_that_of_its_direction(m: int) -> None:
     x, y = draw(10, 30, 3).requires_grad_(), draw(11, m, 3) + 1
     found = transport.max_sliced(x, y)
     (slope,) = torch.autograd.grad(found.distance, x)
     frozen = transport.wasserstein_1d(x @ found.direction[:, None], y @ found.direction[:, None])
-    torch.testing.assert_close(slope, torch.autograd.grad(frozen[0], x)[0])
+    torch.testing.assert_close(found.distance, frozen[0])
+    want = torch.autograd.grad(frozen[0], x)[0]
+    # At the top matchings may tie: then it is a mixture of theirs.
+    assert float((slope - want).norm()) < 0.05 * float(want.norm())
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_in_the_plane_no_direction_is_worse_by_more_than_a_thousandth(seed: int, p: float) -> None:
+    x, y = draw(seed, 15, 2), draw(seed + 50, 12, 2) * 1.3 + 0.5
+    angle = torch.linspace(0, torch.pi, 20_001, dtype=torch.float64)
+    every = torch.stack([angle.cos(), angle.sin()])
+    most = float(transport.wasserstein_1d(x @ every, y @ every, p=p).max())
+    assert float(transport.max_sliced(x, y, p=p).distance) >= most * (1 - 1e-3)
 
 
 def test_features_are_as_far_apart_as_the_clouds() -> None:

@@ -52,6 +52,8 @@ def climb(
             sides, forces, step = [best], [force], min(2 * step, 0.5)
         elif float(_along(force, best) @ way) < 0.75 * length**2:
             sides, forces = [*sides, there], [*forces, force]
+        elif step <= NEAR[start.dtype]:  # what is left to gain is lost in rounding
+            break
         else:  # no other side of a ridge, but too long a step
             step, sides, forces = step / 4, sides[:1], forces[:1]
     return torch.stack(sides, dim=1), _mixture(forces, best)[1], taken

@@ -19,6 +19,7 @@ __all__ = [
     "number",
     "order_of",
     "positive",
+    "reals",
     "refuse",
     "same_space",
     "wide",
@@ -49,8 +50,14 @@ def finite(x: Tensor, name: str) -> Tensor:
 
 def wide(x: Tensor, name: str) -> Tensor:
     """Return x in float32 or float64, whatever real numbers it holds."""
+    x = reals(x, name)
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def reals(x: Tensor, name: str) -> Tensor:
+    """Return x as it is, and refuse what holds no real numbers."""
     if isinstance(x, Tensor) and not x.is_complex():
-        return x if x.dtype in (torch.float32, torch.float64) else x.float()
+        return x
     kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
     raise TransportError(
         f"{name} is no tensor of real numbers, but {kind}.",

@@ -156,9 +156,9 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         "scaling",
-        f"for a distance, max(n, m)^2 <= {STORED}, or n x m where no temperature is asked",
+        f"for a distance, max(n, m)^2 <= {STORED}",
         "the costs fit in memory: matrix products beat log-sums, in a debiased divergence",
-        lambda q: (max(q.n, q.m) ** 2 if q.entropic else q.n * q.m) <= STORED,
+        lambda q: max(q.n, q.m) ** 2 <= STORED,
         DISTANCE,
     ),
     Row(

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torch_otprune.errors import TransportError
+from torch_otprune.transport.checks import number, reals
 from torch_otprune.transport.swaps import improve, lower_bound
 
 __all__ = ["FacilityLocation", "facility_location"]
@@ -23,8 +24,9 @@ class FacilityLocation:
 
     Args:
         order: unit indices, the most useful first; the first k of them are the set of size k.
-        curve: `curve[k]` is the cost once the first k are kept, in the unit of the cost.
-        bound: `bound[k]` is what no set of size k can go below.
+        curve: `curve[k]` is the cost once the first k are kept, in the unit of the cost, on the
+            CPU.
+        bound: `bound[k]` is what no set of size k can go below, on the CPU.
         improved: sets that swaps made better than the nested one, by size.
     """
 
@@ -81,7 +83,8 @@ def facility_location(
         duals: steps of dual ascent that tighten the bound of each of `sizes`.
 
     Returns:
-        order, cost curve, lower bounds and improved sets, on the device of `cost`.
+        order and improved sets, on the device of `cost`; cost curve and lower bounds, on the CPU,
+        where an entry is read without waiting for a device.
 
     Raises:
         TransportError: if a cost is negative or not a number, or a size is out of range.
@@ -113,14 +116,14 @@ def facility_location(
 
 def _checked(cost: Tensor, null: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return both in float64, tiny negatives from rounding set to zero."""
-    cost = cost.detach().double()
+    cost = reals(cost, "cost").detach().double()
     if cost.ndim != 2 or not all(cost.shape):
         raise TransportError(
             f"a cost of shape {tuple(cost.shape)} moves nothing.",
             where="facility_location, argument cost",
             fix="pass a matrix, units x candidates, with at least one of each.",
         )
-    null = cost.amax(dim=1) if null is None else null.detach().to(cost)
+    null = cost.amax(dim=1) if null is None else reals(null, "null").detach().to(cost)
     _refuse(
         null.shape != cost.shape[:1], f"null of shape {tuple(null.shape)} has no entry per unit"
     )
@@ -142,10 +145,10 @@ def _refuse(wrong: Tensor | bool, problem: str) -> None:
 
 def _sizes(sizes: int | Sequence[int] | None, most: int) -> tuple[int, ...]:
     wanted = () if sizes is None else (sizes,) if isinstance(sizes, int) else tuple(sizes)
-    wrong = [k for k in wanted if not 1 <= k <= most or k != int(k)]
+    wrong = [k for k in wanted if not number(k) or not 1 <= k <= most or k != int(k)]
     if wrong:
         raise TransportError(
-            f"a set of {wrong[0]} is asked of {most} candidates.",
+            f"a set of {wrong[0]!r} is asked of {most} candidates.",
             where="facility_location, argument sizes",
             fix=f"ask for sizes from 1 to {most}.",
         )

@@ -143,7 +143,7 @@ def max_sliced(
     with torch.no_grad():
         theta, taken = _best_directions(xs, ys, p=p, steps=steps, restarts=restarts, seed=seed)
         tops = [_top(*one, p=p) for one in zip(xs, ys, theta, strict=True)]
-    # One side each first, then what the ridges of some of them have more.
+    # Some tops are ridges of more sides than others.
     most = max(len(shares) for _, shares, _ in tops)
     sides = torch.stack([_filled(side, most) for side, _, _ in tops]).reshape(*batch, d, most)
     shares = torch.stack([_filled(share, most) for _, share, _ in tops]).reshape(*batch, most)
@@ -151,7 +151,8 @@ def max_sliced(
     every = _columns(x @ sides, y @ sides, p)
     mixed = (every * shares).sum(-1)
     distance = every[..., 0].detach() + (mixed - mixed.detach())
-    return MaxSliced(distance, sides[..., 0], taken + max(more for _, _, more in tops))
+    steps = max(few + more for few, (_, _, more) in zip(taken, tops, strict=True))
+    return MaxSliced(distance, sides[..., 0], steps)
 
 
 def _top(x: Tensor, y: Tensor, theta: Tensor, *, p: float) -> tuple[Tensor, Tensor, int]:
@@ -179,7 +180,7 @@ def _filled(part: Tensor, most: int) -> Tensor:
 
 def _best_directions(
     x: Tensor, y: Tensor, *, p: float, steps: int, restarts: int, seed: int
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, list[int]]:
     theta, ranks = _starts(x, y, restarts, seed), _ranks(x[0], y[0])
     best, value = theta[:, :, 0], x.new_full((len(x),), -1.0)
     taken = torch.zeros_like(value, dtype=torch.long)
@@ -196,7 +197,7 @@ def _best_directions(
             break
         length = pull.norm(dim=1, keepdim=True)
         theta = torch.where(length > 0, pull / length.clamp(min=1e-30), theta)
-    return best, int(taken.max())
+    return best, taken.tolist()
 
 
 def _starts(x: Tensor, y: Tensor, restarts: int, seed: int) -> Tensor:

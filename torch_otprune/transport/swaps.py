@@ -8,9 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from torch_otprune.transport.checks import refuse
+from torch_otprune.errors import TransportError
+from torch_otprune.transport.checks import reals, refuse
 
 __all__ = ["improve", "lower_bound"]
+
+WHOLE = (torch.int64, torch.int32)  # what indexes
 
 
 def improve(
@@ -55,7 +58,21 @@ def improve(
 
 def _priced(cost: Tensor, null: Tensor | None, keep: Tensor) -> tuple[Tensor, Tensor]:
     """Return costs and nulls in float64, and refuse a set that is none."""
+    if not isinstance(keep, Tensor) or keep.ndim != 1 or keep.dtype not in WHOLE:
+        kind = f"{keep.dtype}, {keep.ndim}-d" if isinstance(keep, Tensor) else type(keep).__name__
+        raise TransportError(
+            f"keep is no list of indices in a tensor, but {kind}.",
+            where="argument keep",
+            fix="pass indices of candidates, for example torch.tensor([0, 3]).",
+        )
+    cost = reals(cost, "cost")
     names = keep.tolist()
+    refuse(
+        cost.ndim != 2 or not all(cost.shape),
+        f"a cost of shape {tuple(cost.shape)} moves nothing.",
+        where="argument cost",
+        fix="pass a matrix, units x candidates, with at least one of each.",
+    )
     refuse(
         not names
         or len(set(names)) < len(names)
@@ -65,7 +82,7 @@ def _priced(cost: Tensor, null: Tensor | None, keep: Tensor) -> tuple[Tensor, Te
         fix="pass indices of candidates, each once.",
     )
     cost = cost.double()
-    return cost, cost.amax(dim=1) if null is None else null.to(cost)
+    return cost, cost.amax(dim=1) if null is None else reals(null, "null").to(cost)
 
 
 def _nearest(cost: Tensor, null: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
