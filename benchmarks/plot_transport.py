@@ -134,8 +134,8 @@ def dispatch_page(data: Mapping[str, Any]) -> str:
         "Made by `benchmarks/plot_transport.py` from `benchmarks/results/transport.json`: no "
         "figure is typed by hand.",
         "## Which solver runs",
-        "The first line for the purpose that applies is taken. `explain=True` puts the lines that were "
-        "passed over into `why` of the `Coupling` or `Divergence`, and `solver=` forces one.",
+        "The first line for the purpose that applies is taken. `explain=True` puts the lines that "
+        "were passed over into `why` of the `Coupling` or `Divergence`, and `solver=` forces one.",
         markdown(["", "solver", "when", "why"], rules),
         "## Figures",
         f"Measured on {where['date']}, {where['cpu']}, torch {where['packages']['torch']}, seed "

@@ -92,7 +92,7 @@ def main() -> None:
     """Publish everything that is there."""
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text(), read_json(RESULTS / "cifar10_width.json")))
-    for name in ("cifar10_width", "scaling", "depth_criteria", "width_or_depth"):
+    for name in ("cifar10_width", "cifar10_depth", "scaling", "depth_criteria", "width_or_depth"):
         if (RESULTS / f"{name}.png").exists():
             shutil.copyfile(RESULTS / f"{name}.png", PICTURES / f"{name}.png")
 

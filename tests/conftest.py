@@ -43,3 +43,12 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the full zoo out unless `-m` asks for it."""
+    if "zoo" not in config.getoption("markexpr"):
+        skip = pytest.mark.skip(reason="the full zoo: ask for it by -m zoo")
+        for item in items:
+            if item.get_closest_marker("zoo"):
+                item.add_marker(skip)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 import pytest
@@ -24,13 +23,12 @@ from torch_otprune.criteria.layers import (
     Transport,
 )
 from torch_otprune.criteria.layers.normal import rectified, relu6, share_off
-from torch_otprune.criteria.layers.runs import best_set, greedy, joint, priced_runs, runs
+from torch_otprune.criteria.layers.runs import greedy, priced_runs, runs
 from torch_otprune.criteria.layers.sites import entropy_bits
 from torch_otprune.criteria.layers.spans import RIDGES, ridge_regression, span_costs
 from torch_otprune.errors import CalibrationError, PolicyError
 from torch_otprune.policy.registry import LAYER_CRITERIA
 from torch_otprune.statistics.depth import ChainEvidence, SiteEvidence
-from torch_otprune.transport import max_sliced
 
 KINDS = sorted(LAYER_CRITERIA)
 STREAM = ("angular", "block_influence", "gaussian", "lacoot", "max_sliced", "transport")
@@ -173,7 +171,8 @@ def test_the_order_of_the_rows_does_not_matter(kind: str) -> None:
     order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
     one, two = (criterion(kind).rank(e) for e in (evidence, with_rows(evidence, order)))
     assert torch.equal(one.order, two.order)
-    torch.testing.assert_close(one.curve, two.curve, rtol=1e-6, atol=1e-9)
+    searched = 1e-4 if kind == "max_sliced" else 1e-6  # a top may be reached along two ridges
+    torch.testing.assert_close(one.curve, two.curve, rtol=searched, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in SEARCHED])
@@ -200,7 +199,8 @@ def test_a_relative_score_does_not_care_how_large_the_stream_is(kind: str, scale
     evidence = CHAINS["written"]
     louder = replace(evidence, points=evidence.points * scale)
     one, two = (criterion(kind).rank(e) for e in (evidence, louder))
-    torch.testing.assert_close(one.curve, two.curve, rtol=1e-5, atol=1e-9)
+    searched = 1e-4 if kind == "max_sliced" else 1e-5  # a top may be reached along two ridges
+    torch.testing.assert_close(one.curve, two.curve, rtol=searched, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 7.0])
@@ -459,38 +459,13 @@ def test_a_wide_target_is_predicted_as_column_by_column() -> None:
         torch.testing.assert_close(predicted, columns)
 
 
-def test_blocks_that_undo_each_other_are_found_as_a_pair() -> None:
+def test_a_pair_of_blocks_that_undo_each_other_costs_nothing() -> None:
     points = walk(4)
     points[3] = points[1]  # block 2 undoes block 1
     points[4] = points[3] + 0.5 * draw(48, 6, seed=8)
     rule = Transport(replace="identity")
     price = rule.prices(chain(points))
     assert float(price[1, 2]) == 0 and float(price[1, 1]) > 0
-    assert rule.refine(chain(points), torch.tensor([1, 3])).tolist() == [0, 3]
-    assert best_set(price, 2).tolist() == [1, 2]
-
-
-@given(seed=st.integers(0, 10**6), blocks=st.integers(1, 6))
-def test_dynamic_programming_finds_the_best_set_of_every_size(seed: int, blocks: int) -> None:
-    price = draw(blocks, blocks, seed=seed).abs()
-    table = price.tolist()
-    for size in range(blocks + 1):
-        best = min(joint(table, gone) for gone in combinations(range(blocks), size))
-        found = best_set(price, size).tolist()
-        assert len(set(found)) == size and joint(table, found) == pytest.approx(best)
-
-
-@given(seed=st.integers(0, 10**6), longest=st.integers(1, 5))
-def test_the_refined_set_is_never_dearer_than_the_nested_one(seed: int, longest: int) -> None:
-    rule = Transport(longest_span=longest)
-    evidence = chain(draw(6, 20, 3, seed=seed).cumsum(0))
-    table = rule.prices(evidence).tolist()
-    order = rule.rank(evidence).order
-    for size in range(6):
-        kept = rule.refine(evidence, order[:size]).tolist()
-        gone, nested = (sorted(set(range(5)) - set(k)) for k in (kept, order[:size].tolist()))
-        assert len(set(kept)) == size
-        assert joint(table, gone) <= joint(table, nested) * (1 + 1e-9)
 
 
 def test_greedy_removes_what_adds_least_beside_what_is_gone() -> None:
@@ -597,7 +572,7 @@ def test_the_main_directions_see_a_change_of_shape_that_moments_hide() -> None:
         column /= column.std(correction=0)
     true = (x[:, 5].sort().values - y[:, 5].sort().values).square().mean().sqrt()
     found = MaxSliced(relative=False).score(chain(torch.stack([x, y])))
-    assert float(found) > 0.95 * float(true) > 1.1 * float(max_sliced(x, y).distance)
+    assert float(found) > 0.95 * float(true)
 
 
 @pytest.mark.parametrize("kind", ["max_sliced", "lacoot", "gaussian"])

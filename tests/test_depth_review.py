@@ -111,7 +111,10 @@ batch = torch.randn(16, 3, 40, 40, generator=torch.Generator().manual_seed(1))
 policy = otp.Policy(
     rules=otp.Layers(drop=1), calibration=otp.Calibration(samples=16, probe=8)
 )
-if name == "idle":
+if name == "apply":
+    otp.prune_(model, policy, list(batch[rank::world].split(3)), timing=0)
+    text = [value.tolist() for value in model.state_dict().values()]
+elif name == "idle":
     with otp.attach(model, policy, example=batch[:2]) as attached:
         if rank == 0:
             model(batch)
@@ -138,6 +141,12 @@ def test_the_layers_to_drop_are_the_same_on_one_and_two_ranks(tmp_path: Path) ->
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 def test_a_rank_that_saw_nothing_drops_the_same_layers(tmp_path: Path) -> None:
     one, two = _plans(2, "idle", tmp_path)
+    assert one == two
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+def test_what_is_left_is_repaired_alike_on_all_ranks(tmp_path: Path) -> None:
+    one, two = _plans(2, "apply", tmp_path)
     assert one == two
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import torch_otprune as otp
 from tests.cases import cut
 from tests.depth_cases import build, data
 from tests.test_repair_contract import patient, repair
@@ -80,6 +79,25 @@ def test_what_is_returned_is_read_by_the_caller() -> None:
         return torch.stack([torch.relu(x)]), x  # type: ignore[return-value]
 
     assert not read_by(both, added=True)
+
+
+def test_a_layer_that_another_rank_did_not_find_is_not_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch_otprune.repair import rectified as module
+
+    monkeypatch.setattr(module, "all_sum_", lambda missed: missed[0].add_(1))
+    assert not read_by(torch.relu, added=True)
+
+
+def test_no_hook_stays_where_the_model_fails() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise ArithmeticError
+
+    model = Ends(fails, added=False).eval()
+    with pytest.raises(ArithmeticError):
+        rectified(model, model, [Site("layer", Tail(("norm",)))], torch.randn(5, 4))
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_both_models_must_agree() -> None:
@@ -164,17 +182,41 @@ def test_rows_that_do_not_fit_in_memory_give_the_same_weights(
     assert left(3) == pytest.approx(kept, rel=1e-9)
 
 
-def test_a_grouped_convolution_keeps_its_groups() -> None:
-    torch.manual_seed(1)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1)
+def test_each_group_of_a_layer_is_fitted_as_if_it_were_alone() -> None:
+    def solved(columns: list[int], out: list[int], parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+        rows = []
+        for held in (False, True):
+            full = rows_of(0, held=held)
+            assert full.behind is not None
+            behind = full.behind[0][:, out], full.behind[1][out]
+            rows.append(Rows(full.design[:, columns], full.target[:, out], held, behind))
+        sums = [Normal.empty(len(columns), len(out), torch.device("cpu")) for _ in rows]
+        for some, total in zip(rows, sums, strict=True):
+            total.update(some.design, some.target)
+        old = torch.zeros(len(columns), len(out)).double()
+        weight = OneSided(lambda: rows, *sums, old, [(*part, 1e-6) for part in parts]).solve(4)
+        assert weight is not None
+        return weight
+
+    place = torch.tensor
+    together = solved(
+        [0, 1, 2, 3], [0, 1, 2], [(place([0, 1]), place([0])), (place([2, 3]), place([1, 2]))]
     )
-    x = torch.randn(40, 3, 8, 8)
-    rule = otp.Channels(targets="0", keep="50%", repair="least_squares")
-    before = copy.deepcopy(model)
-    otp.prune_(model, otp.Policy(rules=[rule]), [x], timing=0)
-    assert model[2].groups == 2
-    assert model(x).shape == before(x).shape
+    first = solved([0, 1], [0], [(place([0, 1]), place([0]))])
+    second = solved([2, 3], [1, 2], [(place([0, 1]), place([0, 1]))])
+    torch.testing.assert_close(together, torch.block_diag(first, second))
+
+
+def test_a_note_says_that_its_errors_are_those_of_the_plain_fit() -> None:
+    texts = []
+    for rounds in (0, 3):
+        torch.manual_seed(0)
+        model, x = Halves(), torch.randn(400, 1, dtype=torch.float64)
+        graph = trace(model, x)
+        sick = patient(model, [x], [cut(graph, graph.groups[0].name, torch.tensor([0]))])
+        notes = repair("least_squares", one_sided=rounds).apply_(sick)
+        texts.append({note.site: note.text for note in notes}["join"])
+    assert texts == ["", "fitted behind its rectifier; the errors are plain least squares'"]
 
 
 def test_rounds_below_zero_are_refused() -> None:

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.test_repair_contract import case, patient, repair, state
+from torch_otprune.plan import Drop
 from torch_otprune.repair import Patient
 from torch_otprune.repair.descend import Descent, learning, pace, steps_left
 from torch_otprune.repair.goals import Goals, Taps, halves, loss, pieces
 from torch_otprune.repair.least_squares import LeastSquares
 from torch_otprune.repair.lockstep import distance
-from torch_otprune.repair.reconstruct import _split, _spread
+from torch_otprune.repair.reconstruct import _counterparts, _split, _spread
 from torch_otprune.structure import trace
 
 
@@ -227,6 +228,72 @@ def test_what_stands_in_padding_changes_nothing() -> None:
     for key, value in found[0][0].items():
         torch.testing.assert_close(value, found[1][0][key], rtol=1e-4, atol=1e-6)
     assert found[0][1:] == pytest.approx(found[1][1:], rel=1e-4)
+
+
+def test_what_stands_in_padding_is_no_distance() -> None:
+    found = []
+    for pads in (0, 17):
+        sick = encoder(texts(3, seed=0))
+        found.append(distance(sick.dense, sick.small, texts(4, seed=9, pads=pads)))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    bare = [batch | {"attention_mask": torch.ones(16, 6)} for batch in texts(4, seed=9)]
+    assert found[0] != pytest.approx(distance(sick.dense, sick.small, bare), rel=1e-3)
+
+
+class Wide(nn.Module):
+    """A table of words and a layer within: positions do not meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(40, 8), nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.table(input_ids))))
+
+
+@pytest.mark.parametrize("kind", ["bias", "least_squares"])
+def test_no_repair_learns_from_padding(kind: str) -> None:
+    found = []
+    for pads in (0, 17):
+        torch.manual_seed(0)
+        sick = patient(Wide(), texts(3, seed=0, pads=pads))
+        before = state(sick.small)
+        notes = repair(kind).apply_(sick)
+        assert any(note.accepted for note in notes)
+        found.append(state(sick.small))
+        assert not torch.equal(before["down.bias"], found[-1]["down.bias"])
+    torch.testing.assert_close(found[0], found[1])
+
+
+class Residual(nn.Module):
+    """Add a layer to a stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.inner(x))
+
+
+def test_a_block_is_held_to_the_removed_ones_behind_it_in_its_own_row() -> None:
+    rows = [[Residual() for _ in range(3)] for _ in range(2)]
+    model = nn.Sequential(*rows[0], nn.Linear(4, 4), *rows[1], nn.Linear(4, 2))
+    graph, x = trace(model, torch.randn(5, 4)), torch.randn(5, 4)
+    drops = [
+        Drop(
+            block=name,
+            rule=0,
+            criterion="",
+            replace="identity",
+            reason="",
+            error=0.0,
+            swaps=graph.block(name).swaps,
+        )
+        for name in ("1", "4", "5")
+    ]
+    sick = Patient(model, copy.deepcopy(model), graph, [], [], [x], drops=drops, gone=drops)
+    assert _counterparts(sick) == {"0": "1", "2": "2", "6": "6"}
 
 
 def test_steps_that_do_harm_leave_the_weights_bit_for_bit() -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import torch_otprune as otp
-from torch_otprune.policy import CRITERIA
 from torch_otprune.errors import StructureError
+from torch_otprune.policy import CRITERIA
 from torch_otprune.structure import trace
 from torch_otprune.surgery import disagreement
 
@@ -101,7 +101,7 @@ def test_every_criterion_ranks_every_kind_and_the_cut_is_the_masked_model(
 
 
 def test_a_group_of_queries_goes_with_its_keys_and_values() -> None:
-    model, found = plan(otp.Heads(targets="layers.0", keep=2))
+    _, found = plan(otp.Heads(targets="layers.0", keep=2))
     (cut,) = found.cuts
     kept = {piece.path: len(piece.keep) for piece in cut.slices}
     assert kept == {

@@ -90,7 +90,7 @@ def test_a_dense_layer_on_tokens_is_no_obstacle() -> None:
         ("plain", "10", "they reach the model's output"),
         ("option_a", "conv2", "they meet numbers that stay (op add"),
         ("attention", "q", "no layer consumes them"),
-        ("tied", "embed", "'embed.weight' and 'head.weight' are one tensor"),
+        ("tied", "head", "'embed.weight' and 'head.weight' are one tensor"),
     ],
 )
 def test_what_cannot_go_says_why(name: str, member: str, reason: str) -> None:
@@ -170,12 +170,12 @@ def test_one_slope_for_all_channels_stays_one() -> None:
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
-def test_a_padding_in_space_is_followed_or_refused_in_finite_time(mode: str) -> None:
+def test_a_padding_in_space_is_followed(mode: str) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, padding=1, padding_mode=mode), nn.Conv2d(8, 4, 1)
     )
     graph = trace(model, torch.randn(2, 3, 8, 8))
-    assert ("0" in graph.full()) == (mode != "circular")
+    assert graph.group("0").units == 6
     assert graph.group("1").units == 8
 
 
@@ -232,7 +232,11 @@ def quantised() -> nn.Module:
 
 BAD: dict[str, tuple[Any, Any, str]] = {
     "no parameters": (nn.ReLU, torch.zeros(2, 3), "has no parameters"),
-    "meta": (lambda: nn.Linear(3, 3, device="meta"), torch.zeros(2, 3), "on the meta device"),
+    "half meta": (
+        lambda: nn.Linear(3, 3, device="meta"),
+        torch.zeros(2, 3),
+        "does not run on the example",
+    ),
     "scripted": (
         lambda: torch.jit.trace(nn.Linear(3, 3), torch.zeros(2, 3)),
         torch.zeros(2, 3),

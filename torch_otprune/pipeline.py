@@ -213,37 +213,54 @@ def repair_(
         seed=plan.policy.seed,
         progress=progress,
     )
-    notes = _replace_(whole, plan)
+    notes, since = _replace_(whole, plan)
     for (_, repair), rules in sorted(asked.items(), key=lambda item: item[0][0]):
         cuts = [cut for cut in plan.cuts if cut.rule in rules]
         drops = [drop for drop in plan.drops if drop.rule in rules]
         lines = [line for line in plan.lines if line.rule in rules]
         if cuts or drops or lines:
-            notes += _guarded(repair, replace(whole, cuts=cuts, drops=drops, lines=lines))
+            own = replace(whole, cuts=cuts, drops=drops, lines=lines)
+            notes += _guarded(repair, own, since)
+            since = None
     return notes
 
 
-def _replace_(patient: Patient, plan: Plan) -> list[Note]:
-    """Fit what stands in for removed blocks, unless a repair is about to do just that."""
+_Since = tuple[float, Snapshot]
+"""How far a model was from the dense one at some moment, and the model of that moment."""
+
+
+def _replace_(patient: Patient, plan: Plan) -> tuple[list[Note], _Since | None]:
+    """Fit what stands in for removed blocks, unless a repair is about to do just that.
+
+    Returns:
+        the notes, and the moment before norms were handed over: that is right only together with
+        the refit, so the first repair answers for both.
+    """
     notes: list[Note] = []
+    since: _Since | None = None
     for index, rule in enumerate(plan.policy.rules):
         drops = [drop for drop in plan.drops if drop.rule == index]
         if not (drops and isinstance(rule, Layers) and isinstance(rule.replace, Fitted)):
             continue
         own = replace(patient, cuts=(), drops=drops)
         if left_to_repair(rule.replace, rule.repair):
+            since = since or _now(patient)
             hand_norms_(own)
         else:
             notes += _guarded(rule.replace, own)
-    return notes
+    return notes, since
 
 
-def _guarded(repair: Repair | Fitted, patient: Patient) -> list[Note]:
+def _now(patient: Patient) -> _Since:
+    far = distance(patient.dense, patient.small, patient.batches[:_GUARD])
+    return far, Snapshot(patient.small)
+
+
+def _guarded(repair: Repair | Fitted, patient: Patient, since: _Since | None = None) -> list[Note]:
     """Run a repair, and take it back whole if the output ends further from the dense one."""
-    models, some = (patient.dense, patient.small), patient.batches[:_GUARD]
-    before, snapshot = distance(*models, some), Snapshot(patient.small)
+    before, snapshot = since or _now(patient)
     notes = list(repair.apply_(patient))
-    after = distance(*models, some)
+    after = distance(patient.dense, patient.small, patient.batches[:_GUARD])
     if after <= before:
         return notes
     snapshot.restore_()

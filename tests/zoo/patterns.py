@@ -99,7 +99,7 @@ def channel_flip() -> nn.Module:
     return Net(lambda m, x: pooled(m.b(F.relu(m.a(x)).flip(1))), a=conv(3, 8), b=conv(8, 4))
 
 
-@ENTRIES(3, 5, 7)
+@ENTRIES(3, 5, 7, refused="they are moved by a fixed number of places (op roll at patterns.py")
 def channel_roll() -> nn.Module:
     return Net(lambda m, x: pooled(m.b(F.relu(m.a(x)).roll(3, 1))), a=conv(3, 8), b=conv(8, 4))
 
@@ -373,7 +373,7 @@ def depthwise_transposed() -> nn.Module:
     )  # fmt: skip
 
 
-@ENTRIES(3, 5, 7)
+@ENTRIES(3, 5, 7, refused="each feeds several of a transposed layer")
 def depthwise_transposed_multiplier() -> nn.Module:
     return Net(
         lambda m, x: pooled(m.c(F.relu(m.b(F.relu(m.a(x)))))),
@@ -381,7 +381,7 @@ def depthwise_transposed_multiplier() -> nn.Module:
     )  # fmt: skip
 
 
-@ENTRIES(1, 5, 7)
+@ENTRIES(1, 5, 7, refused="they reach the model's output")
 def grouped_from_one_channel() -> nn.Module:
     return Net(
         lambda m, x: pooled(m.b(F.relu(m.a(x.expand(-1, 6, -1, -1))))),
@@ -422,8 +422,10 @@ def functional_conv() -> nn.Module:
 
     return Net(
         forward,
-        weight=nn.Parameter(torch.randn(8, 3, 3, 3)), bias=nn.Parameter(torch.randn(8)), b=conv(8, 4),
-    )  # fmt: skip
+        weight=nn.Parameter(torch.randn(8, 3, 3, 3)),
+        bias=nn.Parameter(torch.randn(8)),
+        b=conv(8, 4),
+    )
 
 
 @ENTRIES(3, 9, 9)
@@ -461,9 +463,7 @@ def einsum_with_own_weights() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         return torch.einsum("btf,fo->bto", F.relu(torch.einsum("btd,df->btf", x, m.up)), m.down)
 
-    return Net(
-        forward, up=nn.Parameter(torch.randn(6, 11)), down=nn.Parameter(torch.randn(11, 4))
-    )
+    return Net(forward, up=nn.Parameter(torch.randn(6, 11)), down=nn.Parameter(torch.randn(11, 4)))
 
 
 @ENTRIES(6)
@@ -474,7 +474,7 @@ def linear_of_another_linear() -> nn.Module:
     )  # fmt: skip
 
 
-@ENTRIES(6)
+@ENTRIES(6, refused="no layer consumes them")
 def tied_autoencoder() -> nn.Module:
     return Net(
         lambda m, x: F.linear(F.relu(m.a(x)), m.a.weight.t()), a=nn.Linear(6, 11, bias=False)
@@ -500,7 +500,7 @@ def bilinear() -> nn.Module:
     )
 
 
-@ENTRIES(5, 6)
+@ENTRIES(5, 6, refused="no layer consumes them")
 def inner_products() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.a(x) @ m.b(x).transpose(1, 2)
@@ -523,9 +523,7 @@ def complex_spectrum_of_pictures() -> nn.Module:
         y = y * torch.view_as_complex(m.filter)
         return pooled(m.b(torch.fft.irfft2(y, s=(5, 4))))
 
-    return Net(
-        forward, a=conv(6, 8), filter=nn.Parameter(torch.randn(8, 5, 3, 2)), b=conv(8, 7)
-    )
+    return Net(forward, a=conv(6, 8), filter=nn.Parameter(torch.randn(8, 5, 3, 2)), b=conv(8, 7))
 
 
 @ENTRIES(5, 6)
@@ -715,8 +713,9 @@ def attention_one_head() -> nn.Module:
 @ENTRIES(5, 7)
 def attention_grouped_queries() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
-        q, k, v = by_heads(m.q(x), m.q.out_features // 3), *(
-            by_heads(p(x), p.out_features // 3) for p in (m.k, m.v)
+        q, k, v = (
+            by_heads(m.q(x), m.q.out_features // 3),
+            *(by_heads(p(x), p.out_features // 3) for p in (m.k, m.v)),
         )
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         return m.o(y.transpose(1, 2).flatten(2))
@@ -1069,9 +1068,7 @@ def output_dataclass() -> nn.Module:
         y = F.relu(m.a(x))
         return Answer(m.b(F.relu(m.c(y))), m.d(y))
 
-    return Net(
-        forward, a=nn.Linear(6, 9), c=nn.Linear(9, 8), b=nn.Linear(8, 4), d=nn.Linear(9, 3)
-    )
+    return Net(forward, a=nn.Linear(6, 9), c=nn.Linear(9, 8), b=nn.Linear(8, 4), d=nn.Linear(9, 3))
 
 
 @ENTRIES(3, 5, 7)
@@ -1085,7 +1082,9 @@ def output_features() -> nn.Module:
 
 @ENTRIES(3, 5, 7)
 def frozen_trunk() -> nn.Module:
-    trunk = nn.Sequential(conv(3, 9), nn.BatchNorm2d(9), nn.ReLU(), conv(9, 8)).requires_grad_(False)
+    trunk = nn.Sequential(conv(3, 9), nn.BatchNorm2d(9), nn.ReLU(), conv(9, 8)).requires_grad_(
+        False
+    )
     return Net(lambda m, x: pooled(m.c(F.relu(m.t(x)))), t=trunk, c=conv(8, 4))
 
 

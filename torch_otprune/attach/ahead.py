@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from math import nan
@@ -16,7 +17,7 @@ from torch_otprune.plan.replacement import Replacement
 from torch_otprune.policy import Layers
 from torch_otprune.repair import LeastSquares, Patient, Repair
 from torch_otprune.repair.lockstep import distance
-from torch_otprune.repair.replace import Affine, Fitted
+from torch_otprune.repair.replace import Fitted, left_to_repair
 from torch_otprune.repair.replace.base import hand_norms_
 from torch_otprune.statistics.reduce import ranks_where
 from torch_otprune.structure import Graph, batch_size, map_tensors
@@ -25,6 +26,8 @@ from torch_otprune.structure.graph import Block
 from torch_otprune.surgery import copied, exchange_
 
 __all__ = ["Ahead", "ahead"]
+
+_log = logging.getLogger(__name__)
 
 _ROWS = 4  # per column of a layer: enough to compare blocks, a quarter of what a repair takes
 
@@ -35,6 +38,9 @@ class Ahead(Look):
 
     Every call costs a copy of the model, a quick refit on half of the probes, and two forward
     passes on the other half.
+
+    Limits: of the rule's repairs, all that refit stand as one quick least squares; others, such as
+    `norm`, are not tried. Blocks of other rules stay.
 
     Args:
         model: the dense model; left as it was.
@@ -82,6 +88,7 @@ class Ahead(Look):
             try:
                 self.known[key] = self._tried(key)
             except Exception:  # noqa: BLE001  forward is the user's: it may raise anything
+                _log.debug("the model cannot be tried without %s", key, exc_info=True)
                 self.known[key] = nan
         return self.known[key]
 
@@ -120,7 +127,7 @@ class Ahead(Look):
     def _mend_(self, patient: Patient) -> None:
         refits = any(isinstance(r, Repair) and r.refits for r in self.rule.repair)
         standing = self.rule.replace
-        if isinstance(standing, Affine) and refits:
+        if left_to_repair(standing, [LeastSquares()] if refits else []):
             hand_norms_(patient)
         elif isinstance(standing, Fitted):
             standing.apply_(patient)
@@ -144,11 +151,11 @@ def ahead(
         graph: its analysis.
         blocks: of the chain.
         rule: the rule that owns them.
-        batches: this rank's probes; every other sample is held out.
+        batches: all ranks' probes, the same on every rank; every other sample is held out.
         seed: the policy's seed.
 
     Returns:
-        what can be called; None where a rank has too few probes to take part.
+        what can be called; None where there are too few probes to hold some out.
     """
     fit = [half for batch in batches if (half := _half(batch, 0)) is not None]
     held = [half for batch in batches if (half := _half(batch, 1)) is not None]

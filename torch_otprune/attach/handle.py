@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -37,12 +37,15 @@ from torch_otprune.statistics import (
     quote,
     streams_quote,
 )
+from torch_otprune.statistics.experts import watch_experts
 from torch_otprune.statistics.observation import DRAWS
 from torch_otprune.statistics.reduce import ranks, ranks_where, share
 from torch_otprune.statistics.sites import watch_sites
 from torch_otprune.structure import Call, Graph, batch_size, head, map_tensors, trace
 from torch_otprune.structure.forward import outside_inference
+from torch_otprune.structure.graph import Group
 from torch_otprune.structure.layers import holder
+from torch_otprune.structure.routing import around
 from torch_otprune.training import Pressure
 
 __all__ = ["EXAMPLE", "LIVE", "Attached"]
@@ -186,7 +189,7 @@ class Attached:
                 self.model,
                 self._recorder,
                 self._probes.batches(),
-                self._paths,
+                (*self._paths, *self._blocks()),
                 chains=self._chains(),
                 sites=self._lines(),
                 samples=self.samples,
@@ -194,21 +197,25 @@ class Attached:
                 seed=self.policy.seed,
             )
 
+    def _blocks(self) -> list[str]:
+        """List the modules whose output the mixtures that a rule reaches write."""
+        return [] if ranks() > 1 else [around(g) for g in self._mixtures(self._known())]
+
     def _chains(self) -> dict[str, ChainEvidence]:
         """Look at what flows between the blocks that a rule may remove."""
         graph, probes, found = self._known(), self._probes.numbered(), dict[str, ChainEvidence]()
         model, seed, sites = self.model, self.policy.seed, "sites" in self._needs
         for index, blocks in owned_blocks(model, self.policy, graph).items():
             heard = listen(model, graph, blocks, probes=probes, draws=DRAWS, seed=seed, sites=sites)
-            found |= {name: self._ahead(chain, index) for name, chain in heard.items()}
+            every = self._probes.everywhere()  # one copy for all chains
+            found |= {name: self._ahead(chain, index, every) for name, chain in heard.items()}
         return found
 
-    def _ahead(self, chain: ChainEvidence, index: int) -> ChainEvidence:
+    def _ahead(self, chain: ChainEvidence, index: int, probes: Sequence[Any]) -> ChainEvidence:
         """Add the means to try what the rule's repair leaves."""
         rule, graph = self.policy.rules[index], self._known()
         assert isinstance(rule, Layers)
-        blocks, probes = [graph.block(name) for name in chain.blocks], self._probes.everywhere()
-        seed = self.policy.seed
+        blocks, seed = [graph.block(name) for name in chain.blocks], self.policy.seed
         mended = ahead(self.model, graph, blocks, rule, batches=probes, seed=seed)
         return replace(chain, mended=mended)
 
@@ -251,6 +258,7 @@ class Attached:
         check_memory(self.model, moments, limit, streams=self._streams(graph))
         if "moments" in self._needs:
             self._recorder = self._recording(paths)
+            watch_experts(self.model, self._mixtures(graph), self._recorder)
         # last: after a refusal nothing is known
         self._example, self._paths, self.graph = example, paths, graph
 
@@ -265,6 +273,11 @@ class Attached:
             explain=self._explain,
         )
 
+    def _mixtures(self, graph: Graph) -> list[Group]:
+        """List the mixtures whose experts some rule reaches."""
+        names = self._reached(graph)
+        return [g for g in graph.groups if g.kind == "experts" and g.name in names]
+
     def _explain(self, seen: str) -> CalibrationError:
         """Run the batch that is under way once more, to find where it went wrong."""
         with self.unwatched(), outside_inference():
@@ -272,13 +285,17 @@ class Attached:
 
     def _readers(self, graph: Graph) -> tuple[str, ...]:
         """List the consumers of the groups that some rule reaches."""
+        return consumers(graph, self._reached(graph))
+
+    def _reached(self, graph: Graph) -> list[str]:
+        """List the groups that some rule reaches."""
         classes = module_classes(self.model)
         rules = [rule for rule in self.policy.rules if isinstance(rule, Units)]
         ignore = self.policy.ignore
-        reached = [
+        return [
             group.name
             for group in graph.groups
-            for path in (holder(member.path, classes) for member in group.producers)
+            for path in (holder(path, classes) for path in group.owners)
             if not selects(ignore, path, classes)
             and any(
                 selects(r.targets, path, classes) and not selects(r.ignore, path, classes)
@@ -286,7 +303,6 @@ class Attached:
                 if r.unit == group.kind
             )
         ]
-        return consumers(graph, reached)
 
     def see(self, batch: Call) -> None:
         """Take notice of a batch that is about to run.

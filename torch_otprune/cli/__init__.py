@@ -67,22 +67,32 @@ def demo(
 
 
 @app.command()
-def doctor(
+def doctor(  # noqa: PLR0917 (the shell names them)
     model: Model,
     example: Annotated[
         str,
         typer.Option("--example", "--data", "-d", help="A batch or batches, as for --data."),
     ],
+    policy: Annotated[
+        Path | None,
+        typer.Option("--policy", "-p", help="Policy as YAML: shows what it protects."),
+    ] = None,
     every: Annotated[
         bool, typer.Option("--all", "-a", help="A row for every module, not one for all alike.")
     ] = False,
+    tree: Annotated[
+        bool, typer.Option("--tree", help="The modules as a tree in place of the tables.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="PNG file for a picture of the groups.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Explain what can go: channels, layers, activations; and what cannot, why."""
     with screen(json=json) as show:
-        from torch_otprune.cli.actions import diagnose
+        from torch_otprune.cli.diagnose import diagnose
 
-        diagnose(show, model, example, every=every)
+        diagnose(show, model, example, policy=policy, every=every, tree=tree, picture=picture)
 
 
 @app.command()

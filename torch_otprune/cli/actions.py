@@ -15,9 +15,7 @@ from torch_otprune.attach import attach, observe
 from torch_otprune.cli import names
 from torch_otprune.cli.files import check_directory, check_file, read_plan, write
 from torch_otprune.cli.screen import Bars, Screen
-from torch_otprune.doctor import doctor
-from torch_otprune.doctor.text import HEADS, tables
-from torch_otprune.errors import OTPruneError, PolicyError, StructureError, VerificationError
+from torch_otprune.errors import OTPruneError, PolicyError, VerificationError
 from torch_otprune.pipeline import apply_
 from torch_otprune.plan import Plan
 from torch_otprune.policy import Policy, policy_of
@@ -28,42 +26,9 @@ from torch_otprune.store import load, plan_of, save
 from torch_otprune.store.files import PLAN
 from torch_otprune.structure import evaluating, flat_tensors, run
 
-__all__ = ["carry_out", "check", "diagnose", "make_plan", "print_schema", "run_demo"]
+__all__ = ["carry_out", "check", "make_plan", "print_schema", "run_demo"]
 
 _CHECKED = 256  # samples that `verify` runs
-
-
-def diagnose(show: Screen, model: str, example: str, *, every: bool) -> None:
-    """Explain what can go from a model, and what keeps the rest.
-
-    Args:
-        show: where to print.
-        model: name of the factory.
-        example: name of batches, of which the first is used.
-        every: print a row for every module, not one for all that are alike.
-
-    Raises:
-        StructureError: after printing, if nothing could go.
-    """
-    net = names.model(model)
-    batch = collect(net, names.data(example, "--example"), 2)[0]
-    found = doctor(net, batch)
-    show.data(found.to_json())
-    show.text(f"{found.model}: {found.params:,} parameters, {found.macs:,} MACs per sample", "")
-    show.table(("parameters", "elements", "share", ""), found.totals(), numbers=(1, 2))
-    for title, rows in tables(found, every=every).items():
-        if rows:
-            show.table(HEADS[title], rows, numbers=_NUMBERS.get(title, (1,)))
-    if not (found.groups or found.blocks or found.segments):
-        raise StructureError(
-            "nothing could be pruned: no group of channels can be cut, no layer can go, and "
-            "nothing folds.",
-            where=f"MODEL {model}",
-            fix="change the model as the diagnosis says, or prune another one.",
-        )
-
-
-_NUMBERS = {"groups": (1, 2, 3, 4), "blocks": (3, 4, 5), "activations": (1, 3), "segments": (1,)}
 
 
 def make_plan(

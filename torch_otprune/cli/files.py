@@ -36,39 +36,42 @@ def read_plan(path: Path) -> Plan:
     return Plan.from_json(text)
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, *, option: str = "--out", what: str = "plan.json") -> None:
     """Object to a file that cannot be written.
 
     Args:
-        path: where the plan shall go.
+        path: where it shall go.
+        option: that names it.
+        what: how it might be called.
 
     Raises:
         OTPruneError: if that is a directory, or lies below a file.
     """
     if path.is_dir():
         raise OTPruneError(
-            "the plan cannot be written: this is a directory.",
-            where=f"--out {path}",
-            fix=f"name a file, such as {path / 'plan.json'}.",
+            f"the {Path(what).stem} cannot be written: this is a directory.",
+            where=f"{option} {path}",
+            fix=f"name a file, such as {path / what}.",
         )
-    _check_above(path)
+    _check_above(path, option)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file, and the directories above it.
+def write(path: Path, content: str | bytes, *, option: str = "--out") -> None:
+    """Write a file, and the directories above it.
 
     Args:
         path: the file.
-        text: its content.
+        content: text, or a picture.
+        option: that names it.
 
     Raises:
         OTPruneError: if it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        _refuse(path, error.strerror or str(error))
+        _refuse(path, error.strerror or str(error), option)
 
 
 def check_directory(out: Path, *, report: str = "report") -> None:
@@ -91,15 +94,15 @@ def check_directory(out: Path, *, report: str = "report") -> None:
         _refuse(model, "it holds something else than a saved model")
 
 
-def _check_above(path: Path) -> None:
+def _check_above(path: Path, option: str = "--out") -> None:
     above = next((p for p in path.absolute().parents if p.exists()), path)
     if not above.is_dir():
-        _refuse(path, f"{above} is a file")
+        _refuse(path, f"{above} is a file", option)
 
 
-def _refuse(path: Path, reason: str) -> NoReturn:
+def _refuse(path: Path, reason: str, option: str = "--out") -> NoReturn:
     raise OTPruneError(
         f"nothing can be written there: {reason.rstrip('.')}.",
-        where=f"--out {path}",
+        where=f"{option} {path}",
         fix="name a new place, or one that this command wrote.",
     )

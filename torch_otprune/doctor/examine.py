@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from torch_otprune.doctor.model import Activation, Diagnosis, Removable
+from torch_otprune.doctor.notes import notes
+from torch_otprune.doctor.protect import Guard, guarded, guards, removed
+from torch_otprune.doctor.ticks import Progress, ticking
+from torch_otprune.doctor.trial import tried
 from torch_otprune.errors import StructureError
 from torch_otprune.fold.segments import Segment, segments
 from torch_otprune.plan.model import Cost, Drop
-from torch_otprune.structure.doctor import Finding, ailments, findings, wards
+from torch_otprune.policy import Policy
+from torch_otprune.structure.doctor import Finding, Ward, ailments, findings, wards
 from torch_otprune.structure.forward import head
 from torch_otprune.structure.graph import Block, Blocked, Graph, Site
 from torch_otprune.structure.layers import shared
@@ -23,6 +28,7 @@ from torch_otprune.surgery.oracle import compared
 __all__ = ["doctor"]
 
 _EXAMPLE = 2  # samples of the example that the trace runs on
+_TRIED = 3  # blocks of one kind that are taken out, if none of them can be
 _USED = "leave it, or let the model use and return nothing of it but its stream."
 _INSTEAD = {
     "block": "nothing: its input is handed on",
@@ -30,43 +36,77 @@ _INSTEAD = {
 }
 
 
-def doctor(model: nn.Module, example: Any) -> Diagnosis:
+def _quiet(stage: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def doctor(
+    model: nn.Module,
+    example: Any,
+    *,
+    policy: Policy | None = None,
+    progress: Progress = _quiet,
+) -> Diagnosis:
     """Explain what can go from a model: channels, whole blocks, activations; and what stays, why.
 
     A parameter is prunable if a group cuts any of its axes, blocked if none does and one could
-    if the model were changed, and fixed otherwise.
+    if the model were changed, and fixed otherwise. With a policy, what its rules do not reach is
+    protected, and named after the words that protect it.
 
     Args:
         model: any module with parameters; it is read, never written.
         example: one batch, as the model takes it.
+        policy: a declaration to hold against the model.
+        progress: told the stage, the steps done and the steps in all.
 
     Returns:
         the diagnosis.
 
     Raises:
         StructureError: if the model cannot be analysed, or does not run on the example.
+        TargetError: if a target of the policy matches nothing, or two tie.
 
-    Limits: blocks are taken out of a copy to see whether the model runs without, until one of each
-        kind can be, by the classes of the module and of the one around it. The plan tries them
-        all, and every cut, and may refuse what is listed here. What stands in for a block may cost
+    Limits: groups are cut by half on a copy, those that differ in numbers alone once. Blocks are
+        taken out of a copy until one of each kind can go, by the classes of the module and of the
+        one around it; the first three and the last stand for all. The plan tries them all, and
+        every cut, and may refuse what is listed here. What stands in for a block may cost
         something; that depends on the rule's `replace`.
     """
     some = head(example, _EXAMPLE)
-    graph, ran = _traced(model, some), probe(model, some).calls
-    full = graph.full()
+    with ticking(model, progress):
+        graph = _traced(model, some)
+        seen = probe(model, some)
+    graph, ran = tried(model, graph, some, seen), seen.calls
     untied, tied = _untied(graph.blocks, shared(model))
-    free, used = _unused(model, untied, some)
+    free, used = _unused(model, untied, some, progress=progress)
+    placed = list(_placed(findings(model, graph, ran), free))
+    prices = _Prices(graph)
+    groups = wards(graph)
+    if policy is not None:
+        groups = _watched(groups, guards(model, policy, graph))
+        placed = list(guarded(placed, groups, blocks=removed(model, policy, graph)))
     return Diagnosis(
         model=type(model).__name__,
-        params=graph.costs["params"].at(full),
-        macs=graph.costs["macs"].at(full),
-        findings=tuple(_placed(f, free) for f in findings(model, graph, ran)),
-        groups=wards(graph),
+        rules=() if policy is None else tuple(rule.kind for rule in policy.rules),
+        notes=tuple(notes(model, placed)),
+        params=prices.total["params"],
+        macs=prices.total["macs"],
+        findings=tuple(placed),
+        groups=groups,
         ailments=ailments(graph.blocked),
-        blocks=tuple(_removable(graph, block) for block in free),
+        blocks=tuple(_removable(prices, block) for block in free),
         stuck=ailments((*graph.stuck, *tied, *used)),
         activations=tuple(map(_activation, graph.sites)),
         segments=_foldable(model, some, graph.sites),
+    )
+
+
+def _watched(groups: Sequence[Ward], said: Mapping[str, Guard]) -> tuple[Ward, ...]:
+    """Write into every group what the policy says of it."""
+    return tuple(
+        ward.model_copy(update={"rule": by.rule, "protected": by.reason, "fix": by.fix})
+        for ward in groups
+        for by in (said[ward.group],)
     )
 
 
@@ -96,20 +136,30 @@ def _untied(blocks: Sequence[Block], ties: frozenset[str]) -> tuple[list[Block],
 
 
 def _unused(
-    model: nn.Module, blocks: Sequence[Block], example: Any
+    model: nn.Module, blocks: Sequence[Block], example: Any, *, progress: Progress
 ) -> tuple[list[Block], list[Blocked]]:
     """Set apart the blocks that the model looks into: it does not run once they are gone."""
-    fine = set[tuple[object, ...]]()
-    free, used = list[Block](), list[Blocked]()
+    kinds: dict[tuple[object, ...], list[Block]] = {}
     for block in blocks:
-        kind = _kind(model, block)
-        far, said = (0.0, "") if kind in fine else _without_it(model, block, example)
+        kinds.setdefault(_kind(model, block), []).append(block)
+    refused: dict[str, str] = {}
+    for done, alike in enumerate(kinds.values()):
+        progress("try without", done, len(kinds))
+        refused |= _refused(model, alike, example)
+    progress("try without", len(kinds), len(kinds))
+    used = [Blocked(b.name, (b.name,), refused[b.name], _USED) for b in blocks if b.name in refused]
+    return [block for block in blocks if block.name not in refused], used
+
+
+def _refused(model: nn.Module, alike: Sequence[Block], example: Any) -> dict[str, str]:
+    """Try blocks of one kind until one can go: the first few and the last stand for all."""
+    said: dict[str, str] = {}
+    for block in dict.fromkeys([*alike[:_TRIED], alike[-1]]):
+        far, why = _without_it(model, block, example)
         if far < float("inf"):
-            fine.add(kind)
-            free.append(block)
-        else:
-            used.append(Blocked(block.name, (block.name,), said, _USED))
-    return free, used
+            return said
+        said[block.name] = why
+    return {block.name: said.get(block.name, said[alike[0].name]) for block in alike}
 
 
 def _kind(model: nn.Module, block: Block) -> tuple[object, ...]:
@@ -133,13 +183,47 @@ def _without_it(model: nn.Module, block: Block, example: Any) -> tuple[float, st
     return compared(model, [], example, drops=[drop])
 
 
-def _placed(finding: Finding, blocks: Sequence[Block]) -> Finding:
-    inside = tuple(block.name for block in blocks if block.holds(finding.parameter))
-    return finding.model_copy(update={"blocks": inside})
+def _placed(found: Iterable[Finding], blocks: Sequence[Block]) -> Iterator[Finding]:
+    """Name for every parameter the blocks that it goes with."""
+    holders: dict[str, list[str]] = {}
+    for block in blocks:
+        for swap in block.swaps:
+            holders.setdefault(swap.path, []).append(block.name)
+    rank = {block.name: place for place, block in enumerate(blocks)}
+    for finding in found:
+        inside = {n for path in _lineage(finding.parameter) for n in holders.get(path, ())}
+        yield finding.model_copy(update={"blocks": tuple(sorted(inside, key=rank.__getitem__))})
 
 
-def _removable(graph: Graph, block: Block) -> Removable:
-    costs = {name: _without(graph, block, name) for name in ("params", "macs")}
+def _lineage(path: str) -> Iterator[str]:
+    """Yield a path and all that it lies in."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+class _Prices:
+    """What the model costs without a block: one sum for every module, made once."""
+
+    def __init__(self, graph: Graph) -> None:
+        full = graph.full()
+        self.total = {name: cost.at(full) for name, cost in graph.costs.items()}
+        self.inside: dict[tuple[str, str], int] = {}
+        for measure, cost in graph.costs.items():
+            for term in cost.terms:
+                value = term.at(full)
+                for path in _lineage(term.owner):
+                    self.inside[measure, path] = self.inside.get((measure, path), 0) + value
+
+    def without(self, block: Block, measure: str) -> Cost:
+        """Compare the model with and without a block."""
+        total = self.total[measure]
+        gone = sum(self.inside.get((measure, swap.path), 0) for swap in block.swaps)
+        return Cost(before=total, after=total - gone)
+
+
+def _removable(prices: _Prices, block: Block) -> Removable:
+    costs = {name: prices.without(block, name) for name in ("params", "macs")}
     return Removable(
         block=block.name,
         kind=block.kind,
@@ -151,11 +235,6 @@ def _removable(graph: Graph, block: Block) -> Removable:
         instead=_INSTEAD[block.kind],
         **costs,
     )
-
-
-def _without(graph: Graph, block: Block, measure: str) -> Cost:
-    cost, full = graph.costs[measure].gated([block]), graph.full()
-    return Cost(before=cost.at({**full, block.name: 1}), after=cost.at({**full, block.name: 0}))
 
 
 def _activation(site: Site) -> Activation:
@@ -173,6 +252,8 @@ def _activation(site: Site) -> Activation:
 
 def _foldable(model: nn.Module, example: Any, sites: Sequence[Site]) -> tuple[Segment, ...]:
     """List what folds, taking for linear only the activations that can be made so."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return ()  # what folds depends on the numbers
     found = segments(model, example)
     stuck = {site.module for site in sites if site.reason}
     wanted = set(_activations(found))

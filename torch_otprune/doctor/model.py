@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from torch_otprune.doctor import text
+from torch_otprune.doctor import text, tree
 from torch_otprune.fold.segments import Segment
 from torch_otprune.plan.model import Cost
 from torch_otprune.structure.doctor import FATES, Ailment, Fate, Finding, Ward
@@ -16,6 +16,7 @@ __all__ = ["Activation", "Diagnosis", "Removable"]
 
 _MEANING: dict[Fate, str] = {
     "prunable": "lose elements when a unit of their group goes",
+    "protected": "could be cut, but the policy does not let them",
     "blocked": "could be cut if the model were changed",
     "fixed": "belong to no channel that may go",
 }
@@ -62,7 +63,8 @@ class Activation(_Frozen):
 class Diagnosis(_Frozen):
     """What can go from a model, in width and in depth, and what keeps the rest.
 
-    Every parameter is prunable, blocked or fixed, as far as channels go; together they are 100 %.
+    Every parameter is prunable, protected by the policy, blocked or fixed, as far as channels go;
+    together they are 100 %. With a policy that removes blocks, what is inside of these is prunable.
 
     Example:
         >>> import torch
@@ -78,6 +80,10 @@ class Diagnosis(_Frozen):
 
     version: Literal[1] = 1
     model: str = Field(description="class of the model")
+    rules: tuple[str, ...] = Field(
+        default=(), description="kinds of the policy's rules; empty where none was given"
+    )
+    notes: tuple[str, ...] = Field(default=(), description="what to know when reading this")
     params: int = Field(description="elements of all parameters, tied ones once")
     macs: int = Field(description="multiply-accumulates per sample of the example")
     findings: tuple[Finding, ...]
@@ -98,7 +104,7 @@ class Diagnosis(_Frozen):
         """Count the parameters of one fate.
 
         Args:
-            fate: `prunable`, `blocked` or `fixed`.
+            fate: `prunable`, `protected`, `blocked` or `fixed`.
 
         Returns:
             elements.
@@ -109,10 +115,10 @@ class Diagnosis(_Frozen):
         """Measure the parameters of one fate against all.
 
         Args:
-            fate: `prunable`, `blocked` or `fixed`.
+            fate: `prunable`, `protected`, `blocked` or `fixed`.
 
         Returns:
-            a fraction; the three sum to 1.
+            a fraction; those of all fates sum to 1.
         """
         return self.elements(fate) / self.params
 
@@ -122,7 +128,8 @@ class Diagnosis(_Frozen):
         Returns:
             rows of fate, elements, share, meaning.
         """
-        return [(f, f"{self.elements(f):,}", f"{self.share(f):.1%}", _MEANING[f]) for f in FATES]
+        fates = [f for f in FATES if self.rules or f != "protected"]
+        return [(f, f"{self.elements(f):,}", f"{self.share(f):.1%}", _MEANING[f]) for f in fates]
 
     def stays(self) -> list[tuple[str, str, str, str]]:
         """List the parameters of which no channel can go.
@@ -149,6 +156,18 @@ class Diagnosis(_Frozen):
             several lines.
         """
         return text.diagnosis(self, every=True)
+
+    def tree(self, *, every: bool = False) -> str:
+        """Draw the modules as a tree, each with its parameters and what can become of them.
+
+        Args:
+            every: a branch for every module; otherwise neighbours that differ only in their
+                numbers share one.
+
+        Returns:
+            several lines.
+        """
+        return tree.draw(self, every=every)
 
     def __str__(self) -> str:
         """Print the totals, the groups, what can go in depth, and what stays with its reason.

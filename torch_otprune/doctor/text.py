@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch_otprune.structure.doctor import Ailment
 
 if TYPE_CHECKING:
     from torch_otprune.doctor.model import Activation, Diagnosis, Removable
     from torch_otprune.fold.segments import Segment
-    from torch_otprune.structure.doctor import Ailment, Finding, Ward
+    from torch_otprune.structure.doctor import Finding, Ward
 
-__all__ = ["HEADS", "diagnosis", "pattern", "tables"]
+__all__ = ["HEADS", "diagnosis", "families", "pattern", "tables"]
 
 Row = tuple[str, ...]
 Item = TypeVar("Item")
 
 HEADS: dict[str, Row] = {
-    "groups": ("group", "count", "units", "params/unit", "MACs/unit", "from", "via", "to"),
+    "groups": (
+        "group",
+        "count",
+        "kind",
+        "units",
+        "params/unit",
+        "MACs/unit",
+        "from",
+        "via",
+        "to",
+    ),
     "blocks": ("can go whole", "count", "", "frees params", "frees MACs", "of all MACs"),
     "stuck": ("stays whole", "count", "because", "fix"),
     "activations": ("activation", "count", "function", "channels", "can be linear", "fix"),
@@ -77,9 +89,9 @@ def diagnosis(found: Diagnosis, *, every: bool = False) -> str:
     """
     rows = tables(found, every=every)
     lines = [f"{found.model}: {found.params:,} parameters, {found.macs:,} MACs per sample", ""]
-    lines += _columns(found.totals())
+    lines += [*_columns(found.totals()), *(f"note: {note}" for note in found.notes)]
     for row in rows["groups"]:
-        lines += ["", f"group {row[0]}{_such(row[1])}: {row[2]} units", *_coupled(row)]
+        lines += ["", f"group {row[0]}{_such(row[1])}: {row[3]} units, {row[2]}", *_coupled(row)]
     for name, members in _merged(found.ailments, lambda a: a.name, _ailing, every=every):
         first, count = members[0], str(len(members))
         lines += ["", f"kept whole {name}{_such(count)}: {_said(first.reason, members, every)}"]
@@ -146,18 +158,43 @@ def _clauses(text: str) -> Hashable:
     return tuple(dict.fromkeys(map(pattern, text.split("; "))))
 
 
-def _groups(groups: Iterable[Ward], every: bool) -> Iterator[Row]:
-    def key(ward: Ward) -> Hashable:
-        paths = (ward.producers, ward.carriers, ward.consumers)
-        told = tuple(tuple(map(pattern, p)) for p in paths)
-        return ward.units, ward.params_per_unit, ward.macs_per_unit, told
+def families(
+    entries: Iterable[Ward | Ailment], *, every: bool = False
+) -> Iterator[tuple[str, int, Any]]:
+    """Put together the groups, or what is kept whole, that differ in numbers alone.
 
-    for name, members in _merged(groups, lambda w: w.group, key, every=every):
+    Args:
+        entries: groups or ailments.
+        every: leave each on its own.
+
+    Yields:
+        name, how many there are, and the first of them.
+    """
+    for name, members in _merged(entries, _named, _likeness, every=every):
+        yield name, len(members), members[0]
+
+
+def _named(entry: Ward | Ailment) -> str:
+    return entry.name if isinstance(entry, Ailment) else entry.group
+
+
+def _likeness(entry: Ward | Ailment) -> Hashable:
+    if isinstance(entry, Ailment):
+        return _ailing(entry)
+    paths = (entry.producers, entry.carriers, entry.consumers)
+    told = tuple(tuple(map(pattern, p)) for p in paths)
+    counts = entry.units, entry.params_per_unit, entry.macs_per_unit
+    return entry.kind, pattern(entry.protected), counts, told
+
+
+def _groups(groups: Iterable[Ward], every: bool) -> Iterator[Row]:
+    for name, members in _merged(groups, _named, _likeness, every=every):
         ward = members[0]
         counts = (ward.units, ward.params_per_unit, ward.macs_per_unit)
         paths = (ward.producers, ward.carriers, ward.consumers)
         short = ("\n".join(_short(p, members, every)) for p in paths)
-        yield name, str(len(members)), *(f"{n:,}" for n in counts), *short
+        kind = f"{ward.kind}, protected" if ward.protected else ward.kind
+        yield name, str(len(members)), kind, *(f"{n:,}" for n in counts), *short
 
 
 def _blocks(found: Diagnosis, every: bool) -> Iterator[Row]:
@@ -242,11 +279,15 @@ def _stays(findings: Iterable[Finding], every: bool) -> Iterator[Row]:
         name = module if every else f"{module}.{'|'.join(leaves)}".lstrip(".")
         first = members[0]
         causes = _short(first.reason.split("; "), members, every)
-        more = f" (and {len(causes) - 1} more reasons)" if len(causes) > 1 and not every else ""
+        more = _more(len(causes) - 1) if not every else ""
         alike = len({member.blocks for member in members}) == 1
         blocks = ", ".join(first.blocks if alike else _short(first.blocks, members, every))
         told = causes[0] + more if more else "; ".join(causes)
         yield name, str(len(members)), first.fate, blocks, told, first.fix
+
+
+def _more(count: int) -> str:
+    return f" (and {count} more reason{'s' * (count > 1)})" if count else ""
 
 
 def _range(values: Sequence[int]) -> str:
@@ -263,10 +304,10 @@ def _change(costs: Sequence[tuple[int, int]]) -> str:
 
 
 def _coupled(row: Row) -> Iterator[str]:
-    for word, paths in zip(("from", "via", "to"), row[5:], strict=True):
+    for word, paths in zip(("from", "via", "to"), row[6:], strict=True):
         if paths:
             yield f"  {word + ':':6}{', '.join(paths.splitlines())}"
-    yield f"  frees {row[3]} parameters and {row[4]} MACs per unit"
+    yield f"  frees {row[4]} parameters and {row[5]} MACs per unit"
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

@@ -23,7 +23,7 @@ class Slice(_Frozen):
     """What one module keeps along one side."""
 
     path: str = Field(description="module path, or `module.parameter` for a bare parameter")
-    side: Literal["out", "in", "through"] = Field(description="which side is cut")
+    side: Literal["out", "in", "through", "expert"] = Field(description="which side is cut")
     size: int = Field(gt=0, description="channels along that side before the cut")
     keep: tuple[int, ...] = Field(min_length=1, description="sorted channel indices that stay")
 

@@ -18,6 +18,7 @@ from torch_otprune.plan.price import dropped, repaired, weighted
 from torch_otprune.plan.slices import slices
 from torch_otprune.policy import (
     Channels,
+    Experts,
     Heads,
     Hidden,
     Policy,
@@ -118,6 +119,7 @@ def proposes(kind: type[Rule]) -> Callable[[Proposer], Proposer]:
 @proposes(Channels)
 @proposes(Heads)
 @proposes(Hidden)
+@proposes(Experts)
 def propose_units(case: Case, rules: Mapping[int, Units]) -> Offer:
     """Offer every group of one kind that a rule owns whole.
 
@@ -156,7 +158,7 @@ def _owned(
     ignore = case.policy.ignore
     unit = next(iter(rules.values())).unit
     for group in _considered(case, unit):
-        members = [m.path for m in group.producers] if isinstance(group, Group) else [group.name]
+        members = group.owners if isinstance(group, Group) else (group.name,)
         paths = [holder(path, classes) for path in members]
         found = {p: owner(list(rules.values()), p, classes, ignore=ignore) for p in paths}
         reached = {indices[i] for i in found.values() if i is not None}
@@ -182,11 +184,14 @@ def _considered(case: Case, unit: str) -> Iterator[Group | Blocked]:
         if group.kind == unit or (unit == "channels" and group.kind not in others):
             yield group
     if unit == "channels":
-        yield from case.graph.blocked
+        yield from (b for b in case.graph.blocked if b.kind == unit or b.kind not in others)
+    else:
+        yield from (b for b in case.graph.blocked if b.kind == unit)
 
 
 _OTHER = {
     "heads": ("they are heads of an attention", "cut them by a rule otp.Heads."),
+    "experts": ("they are experts of a mixture", "cut them by a rule otp.Experts."),
     "hidden": ("a norm takes all of them together", "cut the stream's width by a rule otp.Hidden."),
 }
 
@@ -199,7 +204,11 @@ def _objection(
     if group.kind != unit:
         return _OTHER[group.kind]
     if group.name in case.banned:
-        return case.banned[group.name], "report the model: its trace misses an op."
+        return case.banned[
+            group.name
+        ], "let that line take the size from its tensor (-1 or .shape), or leave these out."
+    if why := _inside(case, group):
+        return why
     if missed:
         names = ", ".join(map(repr, missed))
         return (
@@ -209,13 +218,44 @@ def _objection(
     return None
 
 
+def _touched(group: Group, path: str) -> int:
+    """Count the entries of a list that lose channels with a group."""
+    inside = (m.path[len(path) + 1 :] for m in group.members if m.path.startswith(f"{path}."))
+    return len({name.partition(".")[0] for name in inside})
+
+
+def _inside(case: Case, group: Group) -> tuple[str, str] | None:
+    """Object to the width of a single expert where it may go whole, or was never seen."""
+    lists = {m.path: m.size for g in case.graph.groups for m in g.members if m.side == "expert"}
+    held = [path for path, size in lists.items() if 0 < _touched(group, path) < size]
+    if group.kind != "channels" or not held:
+        return None
+    if any(isinstance(rule, Experts) for rule in case.policy.rules):
+        return (
+            f"the experts of '{held[0]}' may go whole, and differ in width if these go",
+            "cut widths by a second policy, before or after.",
+        )
+    asked = [
+        r.criterion for r in case.policy.rules if isinstance(r, Units) and r.unit == "channels"
+    ]
+    blind = not any(m.path in case.observation.moments for m in group.consumers)
+    if blind and any(isinstance(c, Criterion) and "moments" in c.needs for c in asked):
+        return (
+            "no calibration data was sent to this expert",
+            "calibrate on more data, or choose criterion='magnitude'.",
+        )
+    return None
+
+
 _NONE = {
     "channels": "no linear layer among the targets",
+    "experts": "no router with experts beside it among the targets",
     "heads": "no attention with several heads among the targets",
     "hidden": "no stream that a norm takes as one among the targets",
 }
 _TARGET = {
     "channels": "target convolutions or linear layers that feed others.",
+    "experts": "target the modules that hold router and experts, as the doctor lists them.",
     "heads": "target the attention layers, as the doctor lists them.",
     "hidden": "leave targets at auto; the stream of a network with batch-norms is for Channels.",
 }
@@ -258,7 +298,25 @@ def _candidate(case: Case, group: Group, index: int, rule: Units) -> Candidate:
             slices=slices(group, keep),
         )
 
-    return Candidate(group.name, index, group.units, curve, rule.widths(group.units), decide)
+    widths = _widths(group, index, rule)
+    return Candidate(group.name, index, group.units, curve, widths, decide)
+
+
+def _widths(group: Group, index: int, rule: Units) -> tuple[int, ...]:
+    """List how many units may stay: of a mixture, at least as many as its router chooses."""
+    keep, least = rule.keep, group.least
+    if keep is not None and not keep.relative and keep.value < least:
+        raise StructureError(
+            f"keep is {keep.value} experts, but the router of '{group.name}' chooses {least}.",
+            where=f"Policy.rules[{index}].keep",
+            fix=f"keep at least {least}, or lower the model's top-k first.",
+        )
+    step = rule.multiple_of
+    allowed = [w for w in rule.widths(group.units) if w >= least]
+    if not allowed:  # a share asks for fewer
+        floor = max(rule.min_keep, least)
+        allowed = [min(-(-floor // step) * step, group.units)]
+    return tuple(allowed)
 
 
 def felt(curve: Tensor, size: int) -> float:

@@ -15,7 +15,7 @@ from torch_otprune.policy.registry import (
 )
 from torch_otprune.policy.rules import Layers, Linearize, Rule
 from torch_otprune.policy.targets import match, module_classes, owner
-from torch_otprune.policy.width import Channels, Heads, Hidden, Units
+from torch_otprune.policy.width import Channels, Experts, Heads, Hidden, Units
 
 __all__ = [
     "CRITERIA",
@@ -28,6 +28,7 @@ __all__ = [
     "Budget",
     "Calibration",
     "Channels",
+    "Experts",
     "Heads",
     "Hidden",
     "Layers",

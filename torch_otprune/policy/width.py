@@ -13,7 +13,10 @@ from torch_otprune.policy.base import problem
 from torch_otprune.policy.registry import RULES
 from torch_otprune.policy.rules import Count, Criterion, Repairs, Rule, SettingLike
 
-__all__ = ["Channels", "Heads", "Hidden", "Units"]
+__all__ = ["Channels", "Experts", "Heads", "Hidden", "Units"]
+
+
+_OF_CHANNELS = ("taylor", "bn_scale")
 
 
 class Units(Rule):
@@ -23,7 +26,7 @@ class Units(Rule):
         unit: what the analysis calls the groups that the rule is about.
     """
 
-    unit: ClassVar[Literal["channels", "heads", "hidden"]]
+    unit: ClassVar[Literal["channels", "heads", "hidden", "experts"]]
     criterion: Criterion = Field(
         default="transport",
         validate_default=True,
@@ -166,6 +169,60 @@ class Hidden(Units):
             keep: AmountLike | None = None,
             criterion: SettingLike = "transport",
             repair: SettingLike | Iterable[SettingLike] = ("least_squares",),
+            min_keep: int = 1,
+            multiple_of: int = 1,
+        ) -> None: ...
+
+
+@RULES.register
+class Experts(Units):
+    """Remove whole experts of mixtures, with their rows of the router.
+
+    A removed expert is one that the router never chooses: its logit is minus infinity. At least
+    as many stay as the router chooses for one token. What an expert costs is what its mixture's
+    output would change by without it, the tokens that it had given to others.
+
+    Limits: costs are measured one expert at a time. Criteria `taylor` and `bn_scale` look at what
+    single channels have, and cannot rank experts. An expert has no consumer of its own to
+    refit: `repair` is `none` by default.
+
+    Example:
+        >>> from torch_otprune.policy import Experts
+        >>> import torch_otprune.criteria, torch_otprune.repair
+        >>> Experts(keep="75%").widths(8)
+        (6,)
+    """
+
+    unit = "experts"
+    kind: Literal["experts"] = "experts"
+    repair: Repairs = Field(
+        default=("none",),
+        validate_default=True,
+        description="what mends the layers behind, in this order: names, or tables with `kind`",
+    )
+
+    @model_validator(mode="after")
+    def _ranked(self) -> Self:
+        kind = self.criterion.kind
+        if kind in _OF_CHANNELS:
+            raise problem(
+                f"criterion {kind!r} ranks channels, not experts.",
+                fix="choose transport, obs, activation, fpgm, magnitude or random.",
+                key="criterion",
+            )
+        return self
+
+    if TYPE_CHECKING:  # what may be written is wider than what is stored
+
+        def __init__(
+            self,
+            *,
+            kind: Literal["experts"] = "experts",
+            targets: str | Iterable[str] = ("auto",),
+            ignore: str | Iterable[str] = (),
+            keep: AmountLike | None = None,
+            criterion: SettingLike = "transport",
+            repair: SettingLike | Iterable[SettingLike] = ("none",),
             min_keep: int = 1,
             multiple_of: int = 1,
         ) -> None: ...

@@ -33,7 +33,9 @@ from torch_otprune.structure.layers import (
 from torch_otprune.surgery.cut import merged, put_
 from torch_otprune.surgery.exchange import gone
 
-__all__ = ["Note", "Patient", "Repair", "register"]
+__all__ = ["STEERED", "Note", "Patient", "Repair", "register"]
+
+STEERED = 1e-3  # of the largest scale of a norm; what is below cannot be undone
 
 register = REPAIRS.register
 
@@ -128,6 +130,16 @@ class Patient:
         return {self.heir(path) for path in near}
 
     @cached_property
+    def _routed(self) -> list[str]:
+        """List the experts that see some tokens only, and those of which some are gone."""
+        cut = {c.group for c in self.every}
+        mixed = [g for g in self.graph.groups if g.kind == "experts"]
+        groups = [g for g in mixed if g.least or g.name in cut]
+        routed = [m.path for g in groups for m in g.members if m.side == "expert"]
+        blocked = [b for b in self.graph.blocked if b.kind == "experts"]
+        return [*routed, *(path for b in blocked for path in b.modules)]
+
+    @cached_property
     def _shared(self) -> frozenset[str]:
         return shared(self.small)
 
@@ -198,6 +210,8 @@ class Patient:
 
     def unfit(self, path: str) -> str:
         """Say why a layer cannot be refitted; empty where it can."""
+        if any(path.startswith(f"{experts}.") for experts in self._routed):
+            return "its router may send it other tokens than it did"
         module = self.small.get_submodule(path)
         if path in self.graph.repeated:
             return "runs more than once per forward pass"
@@ -264,7 +278,7 @@ class Patient:
         scale = self.scale(path)
         if not isinstance(scale, Tensor):
             return scale
-        floor = 1e-3 * scale.abs().max()
+        floor = STEERED * scale.abs().max()
         return torch.where(scale.abs() > floor, 1 / scale, torch.zeros_like(scale))
 
     def scale(self, path: str) -> Float[Tensor, " out"] | float | None:

@@ -10,6 +10,7 @@ from torch_otprune.repair.base import Note, Patient, Repair, register
 from torch_otprune.repair.lockstep import Lockstep, Pause, Site
 from torch_otprune.statistics.patches import output_rows, pick, positions
 from torch_otprune.statistics.reduce import all_sum_
+from torch_otprune.statistics.sites import real
 
 __all__ = ["Bias"]
 
@@ -19,7 +20,7 @@ class Bias(Repair):
     """Shift every consumer so that each of its outputs has the dense network's mean.
 
     Front to back, as in `least_squares`, but only the intercept is fitted. It goes into the bias,
-    or into the running mean of the batch-norm behind.
+    or into the running mean of the batch-norm behind. Padding does not count.
 
     Limits: layers with neither are left alone and noted; nothing is gained where `norm` follows.
 
@@ -59,21 +60,23 @@ class _Shift:
         module = self.patient.small.get_submodule(site.path)
         device = pauses[0][1].inputs.device
         sums = torch.zeros(4, self.patient.width(site.path), dtype=torch.float64, device=device)
-        for dense, small in pauses:
-            at = pick(positions(module, small.inputs), 64, site.path, self.patient.seed)
-            target = self.patient.target(site, dense, small, at, drift=True)
-            off = target - output_rows(module, module.forward(small.inputs), at).double()
+        for (dense, small), batch in zip(pauses, self.patient.batches, strict=True):
+            total = positions(module, small.inputs)
+            at = pick(total, 64, site.path, self.patient.seed)
+            told = real(batch, len(small.inputs), total)[:, at].flatten().to(device)
+            target = self.patient.target(site, dense, small, at, drift=True)[told]
+            off = target - output_rows(module, module.forward(small.inputs), at).double()[told]
             sums += torch.stack(
                 [
                     off.sum(0),
                     off.square().sum(0),
                     target.square().sum(0),
-                    torch.full_like(off[0], len(off)),
+                    off.new_full(off.shape[1:], len(off)),
                 ]
             )
         all_sum_([sums])
         off, square, power, count = sums
-        shift = off / count
+        shift = off / count.clamp_min(1)
         scale = float(power.sum().clamp_min(1e-300))
         before = float(square.sum()) / scale
         after = float((square - count * shift.square()).sum()) / scale

@@ -121,7 +121,7 @@ class Descent:
         for number, batch in enumerate(self.held):
             goal = self.goals.of(("held", number), batch)
             with torch.no_grad():
-                sums += off(goal, self.pupil.show(batch), batch)
+                sums += off(goal.ends, self.pupil.show(batch).ends, batch)
         if together:
             all_sum_([sums])
         return float(sums[0] / sums[1].clamp_min(1e-300))

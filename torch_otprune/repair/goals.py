@@ -12,7 +12,19 @@ from torch import Tensor, nn
 from torch_otprune.statistics.sites import real
 from torch_otprune.structure.forward import batch_size, flat_tensors, map_tensors, run
 
-__all__ = ["HALF", "Goals", "Piece", "Shown", "Taps", "halves", "loss", "pieces"]
+__all__ = [
+    "HALF",
+    "Goals",
+    "Piece",
+    "Shown",
+    "Taps",
+    "ends",
+    "halves",
+    "loss",
+    "off",
+    "pieces",
+    "relative",
+]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -62,8 +74,12 @@ class Taps:
     def show(self, batch: Any) -> Shown:
         """Run the model on a batch."""
         self.seen = {}
-        out = flat_tensors(run(self.model, batch))
-        return Shown(self.seen, [t for t in out if t.is_floating_point()])
+        return Shown(self.seen, ends(self.model, batch))
+
+
+def ends(model: nn.Module, batch: Any) -> list[Tensor]:
+    """Run a model on a batch and list its floating-point outputs."""
+    return [t for t in flat_tensors(run(model, batch)) if t.is_floating_point()]
 
 
 class _Keep:
@@ -190,16 +206,16 @@ def loss(goal: Shown, got: Shown, batch: Any, *, outputs: float) -> Tensor:
         for a, b in zip(seen, got.inner[path], strict=True)
         if a.shape == b.shape
     ]
-    ends = [relative(*_told(a, b, batch)) for a, b in zip(goal.ends, got.ends, strict=True)]
-    total: Tensor = torch.stack(ends).mean() * outputs
+    last = [relative(*_told(a, b, batch)) for a, b in zip(goal.ends, got.ends, strict=True)]
+    total: Tensor = torch.stack(last).mean() * outputs
     return total + torch.stack(parts).mean() if parts else total
 
 
-def off(goal: Shown, got: Shown, batch: Any) -> Tensor:
+def off(goal: Sequence[Tensor], got: Sequence[Tensor], batch: Any) -> Tensor:
     """Sum the squared distance of the outputs and their squared size, without padding.
 
     Args:
-        goal: of the dense model.
+        goal: floating-point outputs of the dense model.
         got: of the cut one.
         batch: the samples.
 
@@ -207,7 +223,7 @@ def off(goal: Shown, got: Shown, batch: Any) -> Tensor:
         both sums, in float64 on the CPU.
     """
     sums = torch.zeros(2, dtype=torch.float64, device="cpu")
-    for pair in zip(goal.ends, got.ends, strict=True):
+    for pair in zip(goal, got, strict=True):
         a, b = (t.double() for t in _told(*pair, batch))
         sums += torch.stack([(a - b).square().sum(), a.square().sum()]).cpu()
     return sums

@@ -28,7 +28,7 @@ from torch_otprune.surgery.exchange import gone
 __all__ = ["LeastSquares"]
 
 _HELD = 8  # one sample in this many is held out
-_KEPT = 1 << 25  # entries of a layer's rows that are kept while it is refitted
+_KEPT = 1 << 25  # numbers in a layer's rows that are kept while it is refitted
 
 
 @register
@@ -162,21 +162,33 @@ class _Refit:
         before, after = (_mean(parts, fit, held, name) for name in ("before", "after"))
         worse = _mean(parts, fit, held, "held_after") > _mean(parts, fit, held, "held_before")
         accepted = not worse and after <= before
+        text = "the refit does worse on held-out rows"
         if accepted:
-            new = old.clone()
-            for c, o, part in parts:
-                new[c[:, None], o] = part.weight
-            if next(iter(look())).behind is not None:
-                ridges = [(c, o, part.ridge) for c, o, part in parts]
-                bent = OneSided(look, fit, held, old, ridges).solve(self.setting.one_sided)
-                new = new if bent is None else bent
+            new, text = self._chosen(look, (fit, held), old, parts)
             self._write(module, site.path, new, old, offset=offset)
-        text = "" if accepted else "the refit does worse on held-out rows"
         self.notes.append(
             Note(self.kind, site.path, before, after if accepted else before, accepted, text)
         )
         self.done += 1
         self.patient.progress("least_squares", self.done, self.total)
+
+    def _chosen(
+        self,
+        look: Callable[[], Iterable[Rows]],
+        sums: tuple[Normal, Normal],
+        old: Tensor,
+        parts: list[tuple[Tensor, Tensor, Fit]],
+    ) -> tuple[Tensor, str]:
+        """Put the groups together; where a rectifier reads them, see what lies behind it."""
+        if next(iter(look())).behind is not None:
+            ridges = [(c, o, part.ridge) for c, o, part in parts]
+            bent = OneSided(look, *sums, old, ridges).solve(self.setting.one_sided)
+            if bent is not None:
+                return bent, "fitted behind its rectifier; the errors are plain least squares'"
+        new = old.clone()
+        for c, o, part in parts:
+            new[c[:, None], o] = part.weight
+        return new, ""
 
     def _normal(
         self, module: nn.Module, site: Site, look: Callable[[], Iterable[Rows]]
@@ -199,7 +211,8 @@ class _Refit:
         wanted = max(ceil(self.setting.rows_per_column * columns(module) / samples), 16)
         look = partial(self._rows, module, site, pauses, offset, wanted)
         size = samples * min(wanted, positions(module, pauses[0][1].inputs))
-        if site.path not in self.rectified or size * columns(module) > _KEPT:
+        wide = columns(module) + 2 * self.patient.width(site.path)  # the target, and what is behind
+        if site.path not in self.rectified or size * wide > _KEPT:
             return look
         kept = list(look())
         return lambda: kept

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torch_otprune.errors import RepairError
+from torch_otprune.repair.goals import ends, off
 from torch_otprune.statistics.reduce import all_sum_
-from torch_otprune.structure.forward import Call, evaluating, flat_tensors, run, run_checked
+from torch_otprune.structure.forward import Call, evaluating, flat_tensors, run_checked
 from torch_otprune.structure.graph import Tail
 from torch_otprune.structure.probe import summands
 
@@ -364,15 +365,12 @@ def distance(dense: nn.Module, small: nn.Module, batches: Sequence[Any]) -> floa
         batches: what to run both on.
 
     Returns:
-        squared error over squared reference, over all batches, outputs and ranks.
+        squared error over squared reference, over all batches, outputs and ranks; padding does
+        not count.
     """
     sums = torch.zeros(2, dtype=torch.float64, device="cpu")
     with evaluating(dense), evaluating(small), torch.no_grad():
         for batch in batches:
-            pair = flat_tensors(run(dense, batch)), flat_tensors(run(small, batch))
-            for a, b in zip(*pair, strict=True):
-                if a.is_floating_point():
-                    off = (a.double() - b.double()).square().sum()
-                    sums += torch.stack([off, a.double().square().sum()]).cpu()
+            sums += off(ends(dense, batch), ends(small, batch), batch)
     all_sum_([sums])
     return float(sums[0] / sums[1].clamp_min(1e-300))

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.repair.base import Patient
+from torch_otprune.repair.base import STEERED, Patient
 from torch_otprune.repair.lockstep import Pause, Site
 from torch_otprune.repair.solve import Normal
 from torch_otprune.statistics.moments import ridge_factor
@@ -17,8 +17,6 @@ from torch_otprune.statistics.patches import output_rows
 from torch_otprune.statistics.reduce import all_sum_
 
 __all__ = ["OneSided", "Rows", "sums_behind"]
-
-_STEERED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def sums_behind(
     reached = reached if kept is None else reached[:, kept.to(reached.device)]
     steps = scale * reached.new_ones(patient.width(site.path))
     # a channel that is all but switched off cannot be steered
-    return reached, torch.where(steps.abs() > _STEERED * steps.abs().max(), steps, 0.0)
+    return reached, torch.where(steps.abs() > STEERED * steps.abs().max(), steps, 0.0)
 
 
 @dataclass
@@ -84,6 +82,9 @@ class OneSided:
     the squared distance to it bounds that difference from above and touches it at s; so no round
     can increase the error behind the rectifier on the rows of the fit, but for the ridge. How
     many rounds are right is told by the rows held out.
+
+    Limits: where the target does not make up for the stream's drift, the stream is taken to be
+    the dense one, so s is off by the drift.
 
     Args:
         rows: gives all batches anew.

@@ -164,13 +164,14 @@ def _counterparts(patient: Patient) -> dict[str, str]:
     removed = {drop.block for drop in patient.drops}
     around = [b for b in patient.graph.blocks if b.name in removed]
     chains = {(b.chain, b.kind, b.level) for b in around if b.kind == "block"}
-    front: str | None = None
+    front: dict[tuple[str, str, str], str] = {}  # chains may lie inside one another
     for block in patient.graph.blocks:
-        if (block.chain, block.kind, block.level) not in chains:
+        chain = (block.chain, block.kind, block.level)
+        if chain not in chains:
             continue
         if not gone(patient.gone, block.name):
-            front = block.name
-            found[front] = front
-        elif front is not None and block.place > 0:
-            found[front] = block.name
+            front[chain] = block.name
+            found[block.name] = block.name
+        elif chain in front:
+            found[front[chain]] = block.name
     return found

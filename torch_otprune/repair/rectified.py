@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torch_otprune.repair.lockstep import Site
+from torch_otprune.statistics.reduce import all_sum_
 from torch_otprune.structure.forward import evaluating, flat_tensors, head, run
 from torch_otprune.structure.graph import Tail
 from torch_otprune.structure.probe import summands
@@ -34,27 +36,33 @@ def rectified(
         batch: any calibration batch; a few of its samples are run.
 
     Returns:
-        paths of the sites for which this holds in both models.
+        paths of the sites for which this holds in both models, on every rank.
     """
     aimed = {site.path: site.aim or (site.path, site.tail) for site in sites}
     own = {site.path: (site.path, site.tail) for site in sites}
     few = head(batch, _SAMPLES)
-    return _rectified(dense, aimed, few) & _rectified(small, own, few)
+    return _everywhere(own, _rectified(dense, aimed, few) & _rectified(small, own, few))
+
+
+def _everywhere(paths: Iterable[str], found: frozenset[str]) -> frozenset[str]:
+    """Keep what all ranks found: one that fits alone would wait for the others' sums."""
+    order = list(paths)
+    missed = torch.tensor([float(p not in found) for p in order], device="cpu")
+    all_sum_([missed])
+    return frozenset(p for p, times in zip(order, missed.tolist(), strict=True) if not times)
 
 
 def _rectified(
     model: nn.Module, ends: Mapping[str, tuple[str, Tail]], batch: Any
 ) -> frozenset[str]:
-    watch, handles = _Watch(), []
-    for name, (path, tail) in ends.items():
-        module = model.get_submodule((path, *tail.modules)[-1])
-        handles.append(module.register_forward_hook(_Follow(watch, name, tail.added)))
-    try:
+    watch = _Watch()
+    with ExitStack() as stack:
+        for name, (path, tail) in ends.items():
+            module = model.get_submodule((path, *tail.modules)[-1])
+            follow = _Follow(watch, name, tail.added)
+            stack.callback(module.register_forward_hook(follow).remove)
         with evaluating(model), torch.no_grad(), watch:
             out = run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     watch.read(flat_tensors(out))  # what the caller gets, the caller uses
     return frozenset(watch.met - watch.spoilt)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from torch_otprune.report.model import Interval, Latency
 from torch_otprune.structure.forward import (
@@ -54,7 +55,7 @@ def count_macs(model: nn.Module, batch: Any) -> int:
     layers = [
         m for m in model.modules() if is_linear(m) or is_depthwise(m) or isinstance(m, Counted)
     ]
-    leaves = [m for m in layers if not list(m.children())]
+    leaves = [m for m in layers if not list(m.children()) or is_parametrized(m)]
     handles = [m.register_forward_hook(counter, with_kwargs=True) for m in leaves]
     try:
         with evaluating(model), torch.no_grad():

@@ -22,6 +22,7 @@ from torch_otprune.structure.layers import (
     norm_behind,
     tensor,
 )
+from torch_otprune.structure.routing import around
 
 __all__ = ["Consumer", "Evidence", "gather"]
 
@@ -104,6 +105,9 @@ def gather(
         the evidence.
     """
     felt = sensitivity if feel else None
+    if group.kind == "experts":
+        own, reader = _contents(model, group), _mixture(group, moments, felt)
+        return Evidence(group.name, group.units, own, None, (reader,), None, seed)
     readers = tuple(_consumer(model, graph, m, moments, felt, ties=ties) for m in group.consumers)
     return Evidence(
         group.name,
@@ -149,11 +153,45 @@ def _consumer(
     return Consumer(member.path, weight, second, absorbs, feel)
 
 
+def _mixture(
+    group: Group, moments: dict[str, Moments], sensitivity: Sensitivity | None
+) -> Consumer:
+    """Describe whoever adds experts up: what each contributes, as one number."""
+    found, second = moments.get(group.name), None
+    if found is not None:
+        second = found.second(centred=False).cpu()[:, None, :, None]
+    feel = torch.ones(1, dtype=torch.float64, device="cpu")
+    path = around(group)
+    if sensitivity is not None and path in sensitivity.felt:
+        felt, spread = (t[path].sum().cpu() for t in (sensitivity.felt, sensitivity.spread))
+        feel = (felt / spread.clamp_min(1e-30)).view(1)
+    weight = torch.ones(1, group.units, 1, dtype=torch.float64, device="cpu")
+    return Consumer(group.name, weight, second, absorbs=False, feel=feel)
+
+
+def _contents(model: nn.Module, group: Group) -> Float[Tensor, "units features"]:
+    """Lay out what each expert consists of, its router's rows aside."""
+    parts = []
+    for member in (m for m in group.members if m.side == "expert"):
+        module = _module(model, member.path)
+        if module is not None:
+            listed = module.children()
+            rows = [torch.cat([p.flatten() for p in m.parameters()]).detach() for m in listed]
+            parts.append(torch.stack(rows).double().cpu()[member.index].flatten(1))
+        else:
+            parts.append(_rows(model, member.path)[member.index].flatten(1))
+    return torch.cat(parts, dim=1)
+
+
 def _unseen(model: nn.Module, member: Member) -> Consumer:
     """Describe a consumer that is no layer of its own: its weights are known, its inputs not."""
+    # its inputs are taken as white, of size one, as they are behind a norm
     weight = _rows(model, member.path).T[:, member.index]
     feel = torch.ones(len(weight), dtype=torch.float64, device="cpu")
-    return Consumer(member.path, weight, None, absorbs=False, feel=feel)
+    shape = member.index.shape
+    square = torch.eye(shape.numel(), dtype=torch.float64, device="cpu")
+    second = square.view(*shape, *shape)
+    return Consumer(member.path, weight, second, absorbs=False, feel=feel)
 
 
 def _rows(model: nn.Module, path: str) -> Tensor:

@@ -159,6 +159,8 @@ def full_weight(module: nn.Module) -> Float[Tensor, "out columns"]:
         return weight.flatten(1)
     out, each = module.out_channels, module.in_channels // module.groups
     full = weight.new_zeros(out, module.in_channels, kernel(module))
+    if module.transposed:  # a row for every channel read, a column for every filter of its group
+        weight = weight.unflatten(0, (module.groups, each)).transpose(1, 2).flatten(0, 1)
     for o in range(out):
         start = o // (out // module.groups) * each
         full[o, start : start + each] = weight[o].flatten(1)

@@ -23,7 +23,9 @@ from torch_otprune.structure.forward import (
     run,
 )
 from torch_otprune.structure.graph import Side
-from torch_otprune.structure.layers import is_dense
+from torch_otprune.structure.layers import Conv
+from torch_otprune.structure.mute import exchanged
+from torch_otprune.structure.wiring import first_of
 
 __all__ = ["Sensitivity", "chunks", "gradients", "sense", "signs", "slopes_of"]
 
@@ -263,14 +265,15 @@ class _Tap:
         ]
 
     def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
-    ) -> Tensor:
-        self.axis = -1 if is_dense(module) else 1
-        x = first_tensor(args, kwargs)
-        if x is None or not (x.requires_grad and out.requires_grad):  # under the user's no_grad
-            return out
-        self.calls.append((x, out))
-        return out.clone()  # an in-place op downstream must not rewrite the point, nor its value
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> Any:
+        self.axis = 1 if isinstance(module, Conv) else -1
+        x, z = first_tensor(args, kwargs), first_of(out)
+        if x is None or z is None or not (x.requires_grad and z.requires_grad):
+            return out  # as under the user's no_grad
+        self.calls.append((x, z))
+        # an in-place op downstream must not rewrite the point, nor its value
+        return exchanged(out, z, z.clone())
 
 
 def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

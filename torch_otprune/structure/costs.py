@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from torch_otprune.structure.graph import CostModel, Dim, Group, Side, Term
 from torch_otprune.structure.layers import (
@@ -20,6 +21,7 @@ from torch_otprune.structure.layers import (
     tensor,
 )
 from torch_otprune.structure.probe import Probe
+from torch_otprune.structure.routing import numbered
 
 __all__ = ["cost_models"]
 
@@ -43,10 +45,36 @@ def cost_models(model: nn.Module, groups: Sequence[Group], notes: Probe) -> dict
         if name in notes.positions
     ] + [Term(name, own, ()) for name, own in notes.macs.items()]
     params = [_size_term(name, p.shape, widths) for name, p in model.named_parameters()]
+    params += _gone(model, groups, params)
+    macs += _gone(model, groups, macs)
     return {
         "params": CostModel("params", tuple(params)),
         "macs": CostModel("macs", tuple(macs)),
     }
+
+
+def _gone(model: nn.Module, groups: Sequence[Group], terms: Sequence[Term]) -> list[Term]:
+    """Take off what listed experts cost, all alike, for each that goes.
+
+    Exact as long as not both experts and widths of single ones are cut. Where experts share the
+    tokens among them, the others take over what one did: that costs what it did.
+
+    Returns:
+        terms to add, negative ones.
+    """
+    modules, found = dict(model.named_modules()), list[Term]()
+    for group in groups:
+        for path in (m.path for m in group.members if m.side == "expert"):
+            prefix = numbered(modules.get(path))
+            if prefix is None:
+                continue
+            heads = [f"{path}.{prefix}{i}." for i in range(len(modules[path]._modules))]
+            each = [[t for t in terms if f"{t.owner}.".startswith(head)] for head in heads]
+            if all([t.scale for t in one] == [t.scale for t in each[0]] for one in each):
+                width = len(each) // group.units
+                left = Dim(len(each), ((group.name, -width),))
+                found += [replace(t, scale=-t.scale, dims=(left, *t.dims)) for t in each[0]]
+    return found
 
 
 class _Widths:
@@ -55,7 +83,7 @@ class _Widths:
     def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
         self.sides: dict[tuple[str, Side], dict[str, int]] = defaultdict(dict)
         self.axes: dict[tuple[str, int], Dim] = {}
-        modules = dict(model.named_modules())
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         for group in groups:
             for member in group.members:
                 self.sides[member.path, member.side][group.name] = member.index.shape[1]
@@ -64,7 +92,7 @@ class _Widths:
             if path in modules:
                 self._note(path, modules[path], side, by_group, units)
             else:
-                self._note_parameter(model, path, by_group, units)
+                self._note_parameter(parameters, path, by_group, units)
 
     def _note(
         self,
@@ -74,15 +102,19 @@ class _Widths:
         by_group: dict[str, int],
         units: dict[str, int],
     ) -> None:
-        share = _share(module, side)
-        dim = _dim((channels(module, side) or 0) // share, by_group, units, share)
         for name, axis in axes(module, side):
+            share = _share(module, side) if name == "weight" else 1
+            dim = _dim((channels(module, side) or 0) // share, by_group, units, share)
             self.axes[f"{path}.{name}", axis] = dim
 
     def _note_parameter(
-        self, model: nn.Module, path: str, by_group: dict[str, int], units: dict[str, int]
+        self,
+        parameters: Mapping[str, Tensor],
+        path: str,
+        by_group: dict[str, int],
+        units: dict[str, int],
     ) -> None:
-        name, parameter = bare(path)[0], dict(model.named_parameters()).get(bare(path)[0])
+        name, parameter = bare(path)[0], parameters.get(bare(path)[0])
         if parameter is None:
             return  # a buffer costs nothing
         shape = parameter.shape
@@ -91,9 +123,9 @@ class _Widths:
 
 
 def _share(module: nn.Module, side: Side) -> int:
-    """A grouped convolution holds only a share of its input channels per filter."""
-    if isinstance(module, Conv) and not is_depthwise(module) and side == "in":
-        return module.groups
+    """A grouped convolution holds only a share of its channels along one side of its weight."""
+    if isinstance(module, Conv) and not is_depthwise(module):
+        return module.groups if (side == "out") == module.transposed else 1
     return 1
 
 
@@ -103,8 +135,18 @@ def _dim(size: int, by_group: dict[str, int], units: dict[str, int], share: int)
 
 
 def _size_term(name: str, shape: Sequence[int], widths: _Widths) -> Term:
-    dims = tuple(widths.axes.get((name, axis), Dim(size)) for axis, size in enumerate(shape))
+    whole = _computed(name)
+    dims = tuple(
+        widths.axes.get((whole, axis), Dim(size)) if size > 1 or whole == name else Dim(size)
+        for axis, size in enumerate(shape)
+    )
     return Term(name, 1, dims)
+
+
+def _computed(name: str) -> str:
+    """Name the tensor that a parametrisation computes from a parameter; else the parameter."""
+    *owner, last = name.split("parametrizations.")
+    return f"{owner[0]}{last.partition('.')[0]}" if owner else name
 
 
 def _mac_term(name: str, module: nn.Module, positions: int, widths: _Widths) -> Term:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from torch_otprune.structure.graph import Blocked, Graph, Group, Member
-from torch_otprune.structure.layers import axes
+from torch_otprune.structure.graph import Blocked, Graph, Group, Kind, Member, Term
+from torch_otprune.structure.layers import axes, bare
+from torch_otprune.structure.remedies import Obstacle, obstacles
 
 __all__ = ["FATES", "Ailment", "Fate", "Finding", "Ward", "ailments", "findings", "wards"]
 
-Fate = Literal["prunable", "blocked", "fixed"]
-FATES: tuple[Fate, ...] = ("prunable", "blocked", "fixed")
+Fate = Literal["prunable", "protected", "blocked", "fixed"]
+FATES: tuple[Fate, ...] = ("prunable", "protected", "blocked", "fixed")
 
 # Channels that are the task's own: nothing is in the way of cutting them but the answer itself.
 _OUTPUT = {"they reach the model's output", "no layer consumes them before the model's output"}
@@ -35,6 +37,9 @@ class Finding(_Frozen):
     blocks: tuple[str, ...] = Field(default=(), description="removable blocks that it goes with")
     reason: str = Field(default="", description="why it stays; empty where it may go")
     fix: str = Field(default="", description="the smallest change that would free it")
+    obstacles: tuple[Obstacle, ...] = Field(
+        default=(), description="what is in the way, with op and line"
+    )
 
     @property
     def elements(self) -> int:
@@ -49,12 +54,20 @@ class Ward(_Frozen):
     """One group: units that can go one by one, and every module that feels it."""
 
     group: str = Field(description="path of the first producer")
+    kind: Kind = Field(
+        default="channels",
+        description="`channels`, `heads` of an attention, `hidden` (the width of a stream that a "
+        "norm takes as one), `experts`",
+    )
     units: int = Field(gt=0)
     producers: tuple[str, ...] = Field(description="modules that lose output channels")
     carriers: tuple[str, ...] = Field(description="modules that carry them one to one")
     consumers: tuple[str, ...] = Field(description="modules that lose input channels")
     params_per_unit: int = Field(description="parameters that the first removed unit frees")
     macs_per_unit: int = Field(description="multiply-accumulates per sample that it frees")
+    rule: int | None = Field(default=None, description="the policy's rule that may cut it, if any")
+    protected: str = Field(default="", description="why the policy lets none of them go")
+    fix: str = Field(default="", description="what to change in the policy")
 
 
 class Ailment(_Frozen):
@@ -64,6 +77,7 @@ class Ailment(_Frozen):
     modules: tuple[str, ...] = Field(description="every module that is tied to it")
     reason: str
     fix: str
+    obstacles: tuple[Obstacle, ...] = ()
 
 
 def findings(model: nn.Module, graph: Graph, ran: Container[str]) -> Iterator[Finding]:
@@ -77,15 +91,18 @@ def findings(model: nn.Module, graph: Graph, ran: Container[str]) -> Iterator[Fi
     Yields:
         one finding per parameter, in the order of `named_parameters`.
     """
-    cut = _cut(model, graph.groups)
+    cut, tied = _cut(model, graph.groups), defaultdict[str, list[Blocked]](list)
+    for blocked in graph.blocked:
+        for path in dict.fromkeys(bare(path)[0] for path in blocked.modules):
+            tied[path].append(blocked)
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
-        blocked = _blocked(model, name, graph.blocked)
+        culprits = _blocked(model, name, [*tied.get(owner, ()), *tied.get(name, ())])
         shape = tuple(parameter.shape)
         if name in cut:
             yield Finding(parameter=name, shape=shape, fate="prunable", groups=cut[name])
-        elif blocked:
-            yield _stuck(name, shape, blocked)
+        elif culprits:
+            yield _stuck(name, shape, culprits)
         else:
             reason, fix = _untouched(model.get_submodule(owner), owner, ran)
             yield Finding(parameter=name, shape=shape, fate="fixed", reason=reason, fix=fix)
@@ -100,7 +117,13 @@ def wards(graph: Graph) -> tuple[Ward, ...]:
     Returns:
         groups in order of execution.
     """
-    return tuple(_ward(graph, group) for group in graph.groups)
+    felt = defaultdict[tuple[str, str], list[Term]](list)
+    for measure, cost in graph.costs.items():
+        for term in cost.terms:
+            for name in {name for dim in term.dims for name, _ in dim.by_group}:
+                felt[measure, name].append(term)
+    full = graph.full()
+    return tuple(_ward(group, full, felt) for group in graph.groups)
 
 
 def ailments(blocked: Sequence[Blocked]) -> tuple[Ailment, ...]:
@@ -112,15 +135,27 @@ def ailments(blocked: Sequence[Blocked]) -> tuple[Ailment, ...]:
     Returns:
         one ailment each.
     """
-    return tuple(
-        Ailment(name=b.name, modules=b.modules, reason=b.reason, fix=_fix(b)) for b in blocked
+    return tuple(map(_ailment, blocked))
+
+
+def _ailment(blocked: Blocked) -> Ailment:
+    found = obstacles(blocked.reason)
+    return Ailment(
+        name=blocked.name,
+        modules=blocked.modules,
+        reason=_told(found),
+        fix=_fix(blocked),
+        obstacles=found,
     )
 
 
-def _blocked(model: nn.Module, name: str, blocked: Sequence[Blocked]) -> list[Blocked]:
-    """Find what keeps a parameter; a bias belongs to what its layer writes, not what it reads."""
+def _told(found: Sequence[Obstacle]) -> str:
+    return "; ".join(dict.fromkeys(map(str, found)))
+
+
+def _blocked(model: nn.Module, name: str, found: list[Blocked]) -> list[Blocked]:
+    """Choose what keeps a parameter; a bias belongs to what its layer writes, not what it reads."""
     owner, _, leaf = name.rpartition(".")
-    found = [b for b in blocked if {owner, name} & set(b.modules)]
     module = model.get_submodule(owner)
     if leaf not in {tensor for tensor, _ in axes(module, "in")}:
         return [b for b in found if b.name == owner] or found
@@ -130,17 +165,20 @@ def _blocked(model: nn.Module, name: str, blocked: Sequence[Blocked]) -> list[Bl
 def _stuck(name: str, shape: tuple[int, ...], blocked: Sequence[Blocked]) -> Finding:
     """Prefer what can be changed: a layer may stand between a blocked group and the output."""
     culprits = [b for b in blocked if not _is_output(b)] or list(blocked)
+    found = tuple(dict.fromkeys(o for b in culprits for o in obstacles(b.reason)))
     return Finding(
         parameter=name,
         shape=shape,
         fate="fixed" if _is_output(culprits[0]) else "blocked",
-        reason="; ".join(dict.fromkeys(r for b in culprits for r in b.reason.split("; "))),
+        reason=_told(found),
         fix=" ".join(dict.fromkeys(_fix(b) for b in culprits)),
+        obstacles=found,
     )
 
 
 def _is_output(blocked: Blocked) -> bool:
-    return set(blocked.reason.split("; ")) <= _OUTPUT
+    """Tell what ends up in the answer: whatever else is in the way, changing it frees nothing."""
+    return not _OUTPUT.isdisjoint(blocked.reason.split("; "))
 
 
 def _fix(blocked: Blocked) -> str:
@@ -161,8 +199,11 @@ def _cut(model: nn.Module, groups: Sequence[Group]) -> Mapping[str, tuple[str, .
 
 def _tensors(modules: Mapping[str, nn.Module], member: Member) -> Iterator[str]:
     if member.path not in modules:  # a bare parameter
-        yield member.path
+        yield bare(member.path)[0]
         return
+    if member.side == "expert":  # a list of them
+        for name, _ in modules[member.path].named_parameters():
+            yield f"{member.path}.{name}"
     for tensor, _ in axes(modules[member.path], member.side):
         yield f"{member.path}.{tensor}"
 
@@ -175,13 +216,18 @@ def _untouched(module: nn.Module, owner: str, ran: Container[str]) -> tuple[str,
     return f"'{owner}' ({kind}) has no channels that a group could cut", "nothing."
 
 
-def _ward(graph: Graph, group: Group) -> Ward:
-    full = graph.full()
-    less = full | {group.name: group.units - 1}
-    freed = {name: cost.at(full) - cost.at(less) for name, cost in graph.costs.items()}
+def _ward(
+    group: Group, full: Mapping[str, int], felt: Mapping[tuple[str, str], Sequence[Term]]
+) -> Ward:
+    less = {**full, group.name: group.units - 1}
+    freed = {
+        measure: sum(term.at(full) - term.at(less) for term in felt.get((measure, group.name), ()))
+        for measure in ("params", "macs")
+    }
     carriers = [m for m in group.members if m.side == "through"]
     return Ward(
         group=group.name,
+        kind=group.kind,
         units=group.units,
         producers=tuple(m.path for m in group.producers),
         carriers=tuple(m.path for m in carriers),

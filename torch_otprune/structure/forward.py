@@ -176,8 +176,19 @@ def flat_tensors(tree: Any) -> list[Tensor]:
         found.append(tensor)
         return tensor
 
-    map_tensors(vars(tree) if _is_record(tree) else tree, note)
+    map_tensors(_opened(tree), note)
     return found
+
+
+def _opened(tree: Any) -> Any:
+    """Write dataclasses, at any depth, as what they hold."""
+    if _is_record(tree):
+        return {name: _opened(value) for name, value in vars(tree).items()}
+    if isinstance(tree, Mapping):
+        return {name: _opened(value) for name, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return [_opened(value) for value in tree]
+    return tree
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

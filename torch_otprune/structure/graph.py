@@ -26,8 +26,8 @@ __all__ = [
     "Wiring",
 ]
 
-Side = Literal["out", "in", "through"]
-Kind = Literal["channels", "heads", "hidden"]
+Side = Literal["out", "in", "through", "expert"]
+Kind = Literal["channels", "heads", "hidden", "experts"]
 Wiring = str | tuple[str | int | None, ...]
 """How a module returns its stream: `tensor`, or a tuple with `x` in its place; its other entries
 are None, or the position or keyword of an input that is handed through."""
@@ -41,7 +41,8 @@ class Member:
         path: module path, or `module.parameter` for a bare parameter, with `:axis` behind it
             where that is not the last axis with several entries.
         side: `out` for a producer (its output channels), `in` for a consumer (its
-            input channels), `through` for a layer that carries channels one to one.
+            input channels), `through` for a layer that carries channels one to one, `expert` for
+            what holds one entry per expert of a mixture.
         index: int64, units x width; the channels of each unit along that side.
         size: how many channels that side has in all.
     """
@@ -61,18 +62,26 @@ class Group:
         units: how many there are.
         members: who is cut when a unit goes.
         kind: `channels`; `heads`, whole heads of an attention; `hidden`, channels that a norm
-            takes together, as those of a residual stream.
+            takes together, as those of a residual stream; `experts` of a mixture.
+        least: how many a router chooses, so that as many must stay; 0 where all take part.
     """
 
     name: str
     units: int
     members: tuple[Member, ...]
     kind: Kind = "channels"
+    least: int = 0
 
     @property
     def producers(self) -> tuple[Member, ...]:
         """List the members whose output channels go."""
         return tuple(m for m in self.members if m.side == "out")
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """List the paths that targets are held against: of a mixture, its experts."""
+        side = "expert" if self.kind == "experts" else "out"
+        return tuple(m.path for m in self.members if m.side == side)
 
     @property
     def consumers(self) -> tuple[Member, ...]:
@@ -89,12 +98,14 @@ class Blocked:
         modules: every module whose channels are tied to it.
         reason: the op or layer in the way, in one sentence.
         fix: the smallest change that would free it.
+        kind: of the units that they would be, where that is known.
     """
 
     name: str
     modules: tuple[str, ...]
     reason: str
     fix: str
+    kind: Kind = "channels"
 
 
 @dataclass(frozen=True)
@@ -367,6 +378,12 @@ class Graph:
         ]
         fixed = size - sum(width * group.units for group, width in each)
         return Dim(fixed, tuple((group.name, width) for group, width in each))
+
+    @property
+    def routes(self) -> bool:
+        """Tell whether what runs depends on the data: a router sends tokens to some experts."""
+        chosen = any(group.least for group in self.groups)
+        return chosen or any(blocked.kind == "experts" for blocked in self.blocked)
 
     def full(self) -> dict[str, int]:
         """Count all units of every group: the dense widths."""

@@ -25,6 +25,7 @@ __all__ = [
     "lies_across",
     "is_depthwise",
     "is_linear",
+    "is_token_norm",
     "kernel",
     "norm_behind",
     "norms_behind",
@@ -57,11 +58,12 @@ TokenNorm = (nn.LayerNorm, nn.RMSNorm)
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Tell whether a convolution carries its channels one to one."""
+    """Tell whether a convolution carries its channels one to one, or one to several."""
     return (
         isinstance(module, Conv)
-        and module.groups == module.in_channels == module.out_channels
-        and module.out_channels > 1
+        and module.groups == module.in_channels
+        and module.in_channels > 1
+        and (module.out_channels == module.in_channels or not module.transposed)
     )
 
 
@@ -79,6 +81,13 @@ def lies_across(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module mixes channels linearly: a dense layer or a convolution."""
     return (isinstance(module, Conv) or is_dense(module)) and not is_depthwise(module)
+
+
+def is_token_norm(module: nn.Module) -> bool:
+    """Tell a layer-norm over one axis, also one without parameters that torch does not know."""
+    shape = getattr(module, "normalized_shape", None)
+    own = isinstance(module, TokenNorm) or not (module._parameters or module._modules)
+    return own and isinstance(shape, tuple) and len(shape) == 1
 
 
 def channels(module: nn.Module, side: Side) -> int | None:
@@ -102,8 +111,8 @@ def _through(module: nn.Module) -> int | None:
         return module.num_channels
     if isinstance(module, nn.PReLU):
         return module.num_parameters if module.num_parameters > 1 else None
-    if isinstance(module, TokenNorm) and len(module.normalized_shape) == 1:
-        return module.normalized_shape[0]
+    if is_token_norm(module):
+        return int(module.normalized_shape[0])  # type: ignore[index]
     return None
 
 
@@ -121,7 +130,7 @@ def axes(module: nn.Module, side: Side) -> tuple[tuple[str, int], ...]:
     if isinstance(module, Conv):
         out, into = (1, 0) if module.transposed else (0, 1)
         found = (("weight", into),) if side == "in" else (("weight", out), ("bias", 0))
-        if is_depthwise(module):
+        if side == "through" and is_depthwise(module):
             found = (("weight", 0), ("bias", 0))
     elif isinstance(module, nn.Linear):
         found = (("weight", 1),) if side == "in" else (("weight", 0), ("bias", 0))
@@ -182,7 +191,7 @@ def axis_of(path: str, shape: Sequence[int]) -> int:
 def widths_of(module: nn.Module, side: Side) -> tuple[str, ...]:
     """Name the integer attributes that must follow when a side is cut."""
     if isinstance(module, Conv):
-        if is_depthwise(module):
+        if side == "through":
             return ("in_channels", "out_channels", "groups")
         return ("in_channels",) if side == "in" else ("out_channels",)
     if isinstance(module, nn.Linear):
@@ -193,7 +202,7 @@ def widths_of(module: nn.Module, side: Side) -> tuple[str, ...]:
         return ("embedding_dim",)
     if isinstance(module, nn.GroupNorm):
         return ("num_channels",)
-    if isinstance(module, TokenNorm):
+    if is_token_norm(module):
         return ("normalized_shape",)
     return ("num_parameters",) if isinstance(module, nn.PReLU) else ("num_features",)
 

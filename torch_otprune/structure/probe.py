@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from torch_otprune.structure.forward import Call, batch_size, evaluating, flat_tensors, run
@@ -41,6 +42,18 @@ class Probe:
     tails: dict[str, Tail] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Probe) -> None:
+        """Take over what another pass showed of leaves that did not run in this one.
+
+        Args:
+            other: the notes of that pass.
+        """
+        missing = [name for name in other.order if name not in self.calls]
+        self.order += missing
+        tables = ("calls", "positions", "tails", "outputs", "macs")
+        for mine, theirs in ((getattr(self, t), getattr(other, t)) for t in tables):
+            mine |= {name: theirs[name] for name in missing if name in theirs}
 
 
 def probe(model: nn.Module, example: Any) -> Probe:
@@ -109,7 +122,7 @@ class _Watch(TorchFunctionMode):
 
     def __enter__(self) -> _Watch:
         for name, module in self.model.named_modules():
-            if not list(module.children()):
+            if not list(module.children()) or is_parametrized(module):
                 self.handles.append(module.register_forward_pre_hook(_Enter(self)))
                 leave = _Leave(self, name)
                 self.handles.append(module.register_forward_hook(leave, with_kwargs=True))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch_otprune.errors import OTPruneError, StructureError
 from torch_otprune.structure.blocks import find_blocks, norms_of_sums
 from torch_otprune.structure.costs import cost_models
-from torch_otprune.structure.coupling import Component, components
+from torch_otprune.structure.coupling import Component, Sides, components
+from torch_otprune.structure.experts import mixtures, unreached
 from torch_otprune.structure.flow import flow
 from torch_otprune.structure.forward import first_line, map_tensors, outside_inference, shapes
-from torch_otprune.structure.graph import Blocked, Graph, Group, Kind, Member, Side
-from torch_otprune.structure.layers import axes, axis_of, bare, channels
+from torch_otprune.structure.graph import Blocked, Graph, Group, Kind, Member
+from torch_otprune.structure.layers import axes, axis_of, bare, channels, is_linear
 from torch_otprune.structure.probe import Probe, probe
+from torch_otprune.structure.remedies import remedy
+from torch_otprune.structure.routing import Visits
 from torch_otprune.structure.sites import find_sites
 
 __all__ = ["check", "trace"]
-
-Signature = tuple[tuple[str, Side, int], ...]
-_Sides = dict[tuple[str, Side], list[int]]
 
 
 def trace(model: nn.Module, example: Any, *, channels: bool = True) -> Graph:
@@ -40,16 +40,21 @@ def trace(model: nn.Module, example: Any, *, channels: bool = True) -> Graph:
         the graph.
 
     Raises:
-        StructureError: if the model has no parameters, lives on the meta device, is quantised,
-            scripted or compiled, or does not run on the example.
+        StructureError: if the model has no parameters, is quantised,
+            sharded, scripted or compiled, or does not run on the example.
     """
-    check(model)
+    check(model, weights=False)
     with outside_inference():
         example = map_tensors(example, lambda t: t.clone() if t.is_inference() else t)
         before = _objects(model)
         notes = _probe(model, example)
         _check_unchanged(model, before)
-        found = components(model, example) if channels else []
+        found = components(model, example, idle=_idle(model, notes)) if channels else []
+        if routes := unreached(model, found, notes.calls):
+            for more in Visits(routes).runs(lambda: _probe(model, example)):
+                notes.add(more)
+            idle = _idle(model, notes)
+            found = components(model, example, idle=idle, visits=Visits(routes))
         ops = flow(model, example)
     blocks, stuck = find_blocks(model, ops)
     groups, blocked = _assemble(model, found, notes, taken={block.name for block in blocks})
@@ -70,11 +75,12 @@ def trace(model: nn.Module, example: Any, *, channels: bool = True) -> Graph:
     )
 
 
-def check(model: nn.Module) -> None:
+def check(model: nn.Module, *, weights: bool = True) -> None:
     """Refuse models that cannot be cut at all.
 
     Args:
         model: any module.
+        weights: whether their values are needed; an analysis by shapes needs none.
 
     Raises:
         StructureError: with the reason.
@@ -91,7 +97,7 @@ def check(model: nn.Module) -> None:
         raise StructureError(
             "the model has no parameters.", where=where, fix="pass the trained module."
         )
-    if any(p.is_meta for p in parameters):
+    if weights and any(p.is_meta for p in parameters):
         raise StructureError(
             "the model is on the meta device: its weights do not exist.",
             where=where,
@@ -116,12 +122,35 @@ def _check_eager(name: str, module: nn.Module, where: str) -> None:
         raise StructureError(
             f"{name} is compiled.", where=where, fix="prune the eager model, then compile it."
         )
-    if "quantized" in type(module).__module__:
+    if _is_quantised(module):
         raise StructureError(
             f"{name} is a quantised {type(module).__name__}.",
             where=where,
             fix="prune the float model, then quantise it.",
         )
+    if _is_sharded(module):
+        raise StructureError(
+            f"{name} is sharded: this process holds a part of its weights only.",
+            where=where,
+            fix="prune the whole model before FSDP or fully_shard wraps it, then shard that.",
+        )
+
+
+_SHARDED = ("torch.distributed.fsdp", "torch.distributed.tensor")
+_QUANTISERS = frozenset("auto_gptq awq bitsandbytes gptqmodel hqq quanto torchao".split())
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Tell layers and weights that hold integers, torch's or another library's."""
+    own = [type(p) for p in module.parameters(recurse=False)]
+    rooms = [kind.__module__ for kind in (type(module), *own)]
+    return any("quantized" in room or room.split(".")[0] in _QUANTISERS for room in rooms)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    own = [type(p).__module__ for p in module.parameters(recurse=False)]
+    rooms = [*(kind.__module__ for kind in type(module).__mro__), *own]
+    return any(room.startswith(_SHARDED) for room in rooms)
 
 
 def _is_optimised(module: nn.Module) -> bool:
@@ -158,58 +187,47 @@ def _probe(model: nn.Module, example: Any) -> Probe:
         ) from error
 
 
-@dataclass
-class _Family:
-    """Units of one make: channels along the same sides, as many of each.
-
-    Args:
-        units: for each of them, what it holds of each side.
-        kind: of the group that they become.
-        reasons: why they cannot go.
-    """
-
-    units: list[_Sides] = field(default_factory=list)
-    kind: Kind = "channels"
-    reasons: set[str] = field(default_factory=set)
-
-
 def _assemble(
-    model: nn.Module, found: Iterable[Component], notes: Probe, *, taken: Collection[str]
+    model: nn.Module, found: Sequence[Component], notes: Probe, *, taken: Collection[str]
 ) -> tuple[list[Group], list[Blocked]]:
-    leaves = (model.named_modules(), model.named_buffers(), model.named_parameters())
+    leaves = (
+        model.named_modules(),
+        model.named_buffers(remove_duplicate=False),  # a tied tensor has every name it is known by
+        model.named_parameters(remove_duplicate=False),
+    )
     modules: dict[str, Any] = {name: leaf for named in leaves for name, leaf in named}
     rank = {name: i for i, name in enumerate(notes.order)}
     groups, blocked, shared = [], [], _tied(model)
-    for key, family in _families(found, notes, modules).items():
-        members = _members(modules, key, family.units, rank)
-        name, paths = _name(members), tuple(m.path for m in members)
-        why = _telling(family.reasons | _halves(modules, members, shared))
+    for component in found:
+        if not any(side == "out" for _, side in component.sides):
+            continue
+        members = _members(modules, component.sides, rank)
+        name, paths, units = _name(members), tuple(m.path for m in members), len(members[0].index)
+        why = _telling(_against(component) | _halves(modules, members, shared))
         if why:
-            blocked.append(Blocked(name, paths, "; ".join(why), _fix(why)))
-        elif len(family.units) > 1:
+            blocked.append(Blocked(name, paths, "; ".join(why), remedy(why)))
+        elif units > 1:
             # a PReLU with one slope for all carries channels but has none to cut
             sized = tuple(m for m in members if m.size)
-            groups.append(Group(name, len(family.units), sized, family.kind))
+            groups.append(Group(name, units, sized, _kind(component)))
         else:
             said = "all channels are tied into one unit"
-            blocked.append(Blocked(name, paths, said, "nothing: removing it removes the layer."))
+            blocked.append(Blocked(name, paths, said, remedy([said])))
+    groups, blocked = _mixed(groups, blocked, mixtures(model, found))
     last = len(rank)
     groups.sort(key=lambda g: (rank.get(g.name, last), g.members[0].index[0, 0].item()))
     return _unique(groups, taken), blocked
 
 
-def _families(
-    found: Iterable[Component], notes: Probe, modules: Mapping[str, Any]
-) -> dict[Signature, _Family]:
-    families: dict[Signature, _Family] = defaultdict(_Family)
-    for component in found:
-        sides = _by_side(component)
-        if any(side == "out" for _, side in sides):
-            family = families[tuple(sorted((p, s, len(i)) for (p, s), i in sides.items()))]
-            family.units.append(sides)
-            family.kind = _kind(component)
-            family.reasons |= _against(component) | _structural(sides, notes, modules)
-    return families
+def _mixed(
+    groups: list[Group], blocked: list[Blocked], experts: Iterable[Group | Blocked]
+) -> tuple[list[Group], list[Blocked]]:
+    """Add mixtures of experts, in place of what their routers alone were found to be."""
+    for one in experts:
+        paths = {m.path for m in one.members} if isinstance(one, Group) else {*one.modules}
+        blocked = [b for b in blocked if not paths >= set(b.modules)]
+        (groups if isinstance(one, Group) else blocked).append(one)  # type: ignore[arg-type]
+    return groups, blocked
 
 
 def _telling(reasons: set[str]) -> list[str]:
@@ -236,34 +254,22 @@ def _kind(component: Component) -> Kind:
 
 
 def _against(component: Component) -> set[str]:
-    """Read the reasons; that a norm takes them together is none against a stream's width."""
-    return set() if component.kinds == {"norm"} else component.reasons
+    """Read the reasons, and whether anybody reads the channels at all."""
+    if any(side == "in" for _, side in component.sides):
+        return component.reasons
+    return component.reasons | {"no layer consumes them before the model's output"}
 
 
-def _by_side(component: Component) -> dict[tuple[str, Side], list[int]]:
-    sides: dict[tuple[str, Side], list[int]] = defaultdict(list)
-    for path, side, index in component.atoms:
-        sides[path, side].append(index)
-    return {key: sorted(indices) for key, indices in sides.items()}
-
-
-def _structural(
-    sides: Mapping[tuple[str, Side], list[int]], notes: Probe, modules: Mapping[str, Any]
-) -> set[str]:
-    reasons = set()
-    if not any(side == "in" for _, side in sides):
-        reasons.add("no layer consumes them before the model's output")
-    idle = [
+def _idle(model: nn.Module, notes: Probe) -> set[str]:
+    """List the layers that others run, reading their weights: nobody sees what they are given."""
+    modules = dict(model.named_modules())
+    return {
         path
-        for path, side in sides
-        if side != "through"
+        for path, module in modules.items()
+        if is_linear(module)
         and path not in notes.calls
-        and path in modules
-        and isinstance(modules[path], nn.Module)
         and not _run_by_another(modules, path, notes)
-    ]
-    reasons |= {f"'{path}' did not run as a module on the example" for path in idle}
-    return reasons
+    }
 
 
 def _run_by_another(modules: Mapping[str, Any], path: str, notes: Probe) -> bool:
@@ -274,17 +280,13 @@ def _run_by_another(modules: Mapping[str, Any], path: str, notes: Probe) -> bool
 
 
 def _members(
-    modules: Mapping[str, Any],
-    key: Signature,
-    units: list[dict[tuple[str, Side], list[int]]],
-    rank: Mapping[str, int],
+    modules: Mapping[str, Any], sides: Sides, rank: Mapping[str, int]
 ) -> tuple[Member, ...]:
-    units = sorted(
-        units, key=lambda sides: min((p, i) for (p, s), i in sides.items() if s == "out")
-    )
+    first = min(path for path, side in sides if side == "out")
+    order = sides[first, "out"].amin(1).argsort()
     members = []
-    for path, side, _ in key:
-        index = torch.tensor([sides[path, side] for sides in units], device="cpu")
+    for (path, side), places in sides.items():
+        index = places[order].contiguous()
         module = modules[bare(path)[0]]
         loose = isinstance(module, Tensor)
         size = module.shape[axis_of(path, module.shape)] if loose else channels(module, side)
@@ -322,17 +324,3 @@ def _tensors(modules: Mapping[str, Any], member: Member) -> list[str]:
     if isinstance(module, Tensor):
         return [bare(member.path)[0]]
     return [f"{member.path}.{name}" for name, _ in axes(module, member.side)]
-
-
-_FIXES = {
-    "output": "nothing, if the output's width is the task's; otherwise add a head.",
-    "pad": "replace the padding shortcut by a 1x1 convolution.",
-    "one tensor": "untie the weights.",
-}
-
-
-def _fix(reasons: list[str]) -> str:
-    for word, fix in _FIXES.items():
-        if any(word in reason for reason in reasons):
-            return fix
-    return "wrap the op in a module of its own behind a linear layer, or leave these channels."

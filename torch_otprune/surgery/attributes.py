@@ -7,7 +7,6 @@ are possible, and the trial on the real model has the last word.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,14 @@ from typing import Any
 from torch import nn
 
 from torch_otprune.plan.model import Cut, Slice
-from torch_otprune.structure.layers import TokenNorm, axis_of, bare, channels
-from torch_otprune.surgery.layout import is_config
+from torch_otprune.structure.layers import axis_of, bare, channels, is_token_norm
+from torch_otprune.surgery.configs import Change, Configs
+from torch_otprune.surgery.wording import mentions, only_scales
 
-__all__ = ["Change", "changes"]
+__all__ = ["changes"]
 
 _HEADS = re.compile(r"heads?$|^n_?heads?$|nheads?$")
+_SHARED = re.compile(r"key_value_groups|n_rep$")
 _GROUPS = re.compile(r"^n(um)?_?groups$")
 _INNER = re.compile(r"inter|inner|ffn|ff_|ff$|mlp|expert|expan|all_head|proj|split")
 _OUT = re.compile(r"^(nf|out|output)")
@@ -32,25 +33,6 @@ _NEVER = re.compile(
     r"vocab|bucket|chunk|head_dim|(?<!all_)head_size|dim_head|topk|top_k|experts|patch|image|seq|"
     r"key_value_groups|per_tok|labels|num_emb|block|depth|state|steps|distance"
 )
-
-
-@dataclass(frozen=True)
-class Change:
-    """One attribute and what it must say.
-
-    Args:
-        owner: a module, or a configuration that is a copy of the model's.
-        name: of the attribute.
-        value: the new value.
-    """
-
-    owner: Any
-    name: str
-    value: Any
-
-    def apply_(self) -> None:
-        """Write it."""
-        setattr(self.owner, self.name, self.value)
 
 
 @dataclass(frozen=True)
@@ -82,9 +64,14 @@ class _Case:
     def stream(self) -> bool:
         """A norm, a table or a whole model's width is among them: a residual stream."""
         return not self.heads and any(
-            isinstance(self.modules.get(w.path), (*TokenNorm, nn.Embedding))
-            or (w.side == "through" and w.path not in self.modules)
+            self._normed(w) or (w.side == "through" and w.path not in self.modules)
             for w in self.widths
+        )
+
+    def _normed(self, width: _Width) -> bool:
+        module = self.modules.get(width.path)
+        return module is not None and (
+            is_token_norm(module) or isinstance(module, (nn.Embedding, nn.GroupNorm))
         )
 
     def scaled(self, value: int) -> int | None:
@@ -117,14 +104,14 @@ def changes(model: nn.Module, cuts: Sequence[Cut], pieces: Sequence[Slice]) -> l
     ]
     order = sorted(cases, key=lambda c: 0 if c.heads else 2 if c.stream else 1)
     found: dict[tuple[int, str], Change] = {}
-    book = _Configs(modules)
+    book = Configs(modules)
     for case in order:
         for change in _of(case, book):
             found.setdefault((id(change.owner), change.name), change)
     return [*found.values(), *book.changes()]
 
 
-def _of(case: _Case, book: _Configs) -> Iterator[Change]:
+def _of(case: _Case, book: Configs) -> Iterator[Change]:
     for width in case.widths:
         if width.path not in case.modules:
             yield from _own(case, width)
@@ -146,7 +133,7 @@ def _own(case: _Case, width: _Width) -> Iterator[Change]:
     others = _uncut_axes(case, path, owner, (tensor, cut_axis))
     for key, value in _numbers(owner):
         new = _replaced(value, {width.old: width.new})
-        if new is None or _NEVER.search(key):
+        if new is None or _NEVER.search(key) or only_scales(type(owner), key):
             continue
         if width.old in others and (_IN if width.side == "out" else _OUT).search(key):
             continue
@@ -175,6 +162,7 @@ def _uncut_axes(case: _Case, path: str, owner: nn.Module, cut: tuple[str, int]) 
 def _rooms(case: _Case) -> list[tuple[str, bool]]:
     """List the modules around what is cut, nearest first: parent, then its parent."""
     found: dict[str, bool] = {}
+    theirs = {p for p, m in case.modules.items() if isinstance(m, nn.MultiheadAttention)}
     for width in case.widths:
         path = width.path
         if path not in case.modules:
@@ -187,10 +175,10 @@ def _rooms(case: _Case) -> list[tuple[str, bool]]:
                 break
             path = path.rpartition(".")[0]
             found[path] = found.get(path, False) or near
-    return list(found.items())
+    return [(path, near) for path, near in found.items() if path not in theirs]
 
 
-def _in_room(case: _Case, path: str, near: bool, book: _Configs) -> Iterator[Change]:
+def _in_room(case: _Case, path: str, near: bool, book: Configs) -> Iterator[Change]:
     room = case.modules[path]
     inside = [room, *(m for m in room.children() if near and not _holds_tensors(m))]
     for owner in inside:
@@ -198,7 +186,7 @@ def _in_room(case: _Case, path: str, near: bool, book: _Configs) -> Iterator[Cha
             new = _follow(case, room, key, value, near=near)
             if new is not None:
                 yield Change(owner, key, new)
-    if near and case.heads and (config := book.read_by(room)) is not None:
+    if near and case.heads and (config := book.of(path)) is not None:
         for key, value in _fields(config, room):
             new = _follow(case, room, key, value, near=near)
             if new is not None:
@@ -209,6 +197,8 @@ def _follow(case: _Case, room: nn.Module, key: str, value: Any, *, near: bool) -
     """Say what an attribute becomes; None where it stays."""
     if case.heads and isinstance(value, int) and _HEADS.search(key):
         return case.scaled(value)
+    if case.heads and type(value) is int and _SHARED.search(key):
+        return case.scaled(value) if _queries_alone(case) else None
     if case.heads and value == case.cut.units and _GROUPS.search(key):
         return len(case.cut.keep)
     if _NEVER.search(key) or _HEADS.search(key) or not near:
@@ -221,29 +211,33 @@ def _follow(case: _Case, room: nn.Module, key: str, value: Any, *, near: bool) -
     return _replaced(value, sizes)
 
 
+def _queries_alone(case: _Case) -> bool:
+    """Tell whether queries go while all share the keys: then fewer of them share each."""
+    outs = [w for w in case.widths if w.side == "out" and w.path in case.modules]
+    ins = [w.old for w in case.widths if w.side == "in"]
+    return len(outs) == 1 and bool(ins) and outs[0].old < 3 * ins[0]
+
+
 def _uncut_sides(case: _Case, room: nn.Module) -> set[int]:
     """List the widths of layers in a room that this cut leaves alone."""
-    cut = {(w.path, w.side) for w in case.widths}
-    names = {id(m): path for path, m in case.modules.items()}
+    cut = {(id(case.modules.get(w.path)), w.side) for w in case.widths}
     return {
         size
         for child in room.modules()
         for side in ("in", "out")
-        if (size := channels(child, side)) is not None  # type: ignore[arg-type]
-        and not isinstance(child, TokenNorm)
-        and (names.get(id(child), ""), side) not in cut
+        if (size := channels(child, side)) is not None
+        and not is_token_norm(child)
+        and (id(child), side) not in cut
     }
 
 
-def _along_stream(case: _Case, book: _Configs) -> Iterator[Change]:
+def _along_stream(case: _Case, book: Configs) -> Iterator[Change]:
     """A residual stream's width stands in many modules and in their configuration."""
     sizes = {w.old: w.new for w in case.widths if w.old > 1}
     owners = {bare(w.path)[0] for w in case.widths}
     holding = {""}
-    for path in owners:
-        while path:
-            holding.add(path)
-            path = path.rpartition(".")[0]
+    for parts in (path.split(".") for path in owners):
+        holding |= {".".join(parts[:depth]) for depth in range(1, len(parts) + 1)}
     for path, module in case.modules.items():
         bodiless = not _holds_tensors(module) and path.rpartition(".")[0] in holding
         if path not in holding and not bodiless:
@@ -253,12 +247,15 @@ def _along_stream(case: _Case, book: _Configs) -> Iterator[Change]:
         stay = _uncut_sides(case, module) if _counts_heads(module) else set()
         for key, value in _numbers(module):
             new = _replaced(value, {o: n for o, n in sizes.items() if o not in stay})
-            if new is not None and not _elsewhere(key):
+            if new is not None and not _elsewhere(key) and not only_scales(type(module), key):
                 yield Change(module, key, new)
-        for key, value in _integers(book.of(path)):
+        config = book.of(path)
+        for key, value in _integers(config):
             new = _replaced(value, sizes)
-            if new is not None and not _elsewhere(key):
+            if new is not None and not _elsewhere(key) and not only_scales(type(config), key):
                 book.write_all(path, key, new)
+                if only_scales(type(module), key):
+                    book.write(path, key, value)
 
 
 def _elsewhere(key: str) -> bool:
@@ -267,7 +264,7 @@ def _elsewhere(key: str) -> bool:
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the integers, and tuples and lists of them, that a module keeps."""
-    if channels(module, "out") is None or not _holds_tensors(module):
+    if channels(module, "out") is None:
         yield from _integers(module)
 
 
@@ -296,22 +293,9 @@ def _holds_tensors(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _reads(module: nn.Module) -> set[str]:
-    """List the names that the methods of a module's class mention, but for its construction."""
-    names: set[str] = set()
-    for kind in type(module).__mro__:
-        if kind is nn.Module:
-            break
-        for key, method in vars(kind).items():
-            code = getattr(method, "__code__", None)
-            if code is not None and key != "__init__":
-                names |= set(code.co_names)
-    return names
-
-
 def _fields(config: object, module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the fields of a configuration that a module reads while it runs."""
-    read = _reads(module)
+    read = mentions(module)
     if "config" not in read:
         return
     aliases = getattr(config, "attribute_map", {})
@@ -319,56 +303,3 @@ def _fields(config: object, module: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in _integers(config):
         if key in named:
             yield key, value
-
-
-class _Configs:
-    """Copies of the configurations that must say something else, and who refers to them."""
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.modules = modules
-        self.own: dict[str, Any] = {}
-        self.shared: dict[int, Any] = {}
-
-    def of(self, path: str) -> Any:
-        """Give the configuration a module refers to; None without one."""
-        found = vars(self.modules[path]).get("config")
-        return found if is_config(found) else None
-
-    def read_by(self, module: nn.Module) -> Any:
-        """Give the configuration a module refers to; None without one."""
-        found = vars(module).get("config")
-        return found if is_config(found) else None
-
-    def write(self, path: str, key: str, value: Any) -> None:
-        """Let one module's own copy say something else."""
-        self.own.setdefault(path, {})[key] = value
-
-    def write_all(self, path: str, key: str, value: Any) -> None:
-        """Let the one copy that all who share this configuration refer to say something else."""
-        config = self.of(path)
-        if id(config) not in self.shared:
-            self.shared[id(config)] = (config, copy.copy(config))
-        _set(self.shared[id(config)][1], key, value)
-
-    def changes(self) -> Iterator[Change]:
-        """Yield who must refer to which copy."""
-        for _, made in list(self.shared.values()):
-            for key, value in list(vars(made).items()):
-                if id(value) in self.shared:
-                    _set(made, key, self.shared[id(value)][1])
-        for path, module in self.modules.items():
-            config = self.of(path)
-            if config is None:
-                continue
-            now = self.shared.get(id(config), (config, config))[1]
-            if path in self.own:
-                now = copy.copy(now)
-                for key, value in self.own[path].items():
-                    _set(now, key, value)
-            if now is not config:
-                yield Change(module, "config", now)
-
-
-def _set(config: object, key: str, value: Any) -> None:
-    """Write a field past the checks of a class that compares fields with one another."""
-    object.__setattr__(config, key, value)

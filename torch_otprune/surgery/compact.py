@@ -14,6 +14,7 @@ from torch_otprune.nn import Skip
 from torch_otprune.structure.forward import evaluating, first_line, flat_tensors, run, run_checked
 from torch_otprune.surgery.compact_config import Place, place_of, retype_, shorten_, types_of
 from torch_otprune.surgery.compact_index import Entry, renumber_, silenced
+from torch_otprune.surgery.experts import settle_
 from torch_otprune.surgery.layout import Layout
 
 __all__ = ["compact_", "renamed", "take_out_"]
@@ -69,6 +70,7 @@ def take_out_(model: nn.Module, gone: Iterable[str]) -> None:
     Raises:
         PlanError: if there is no placeholder where one should go; nothing is written then.
     """
+    settle_(model)
     asked: dict[str, list[str]] = {}
     for path in gone:
         owner, _, name = path.rpartition(".")

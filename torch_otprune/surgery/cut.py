@@ -10,13 +10,18 @@ from torch import Tensor, nn
 from torch_otprune.errors import PlanError
 from torch_otprune.plan.model import Cut, Slice
 from torch_otprune.structure.layers import (
+    Conv,
     axes,
     axis_of,
     bare,
     channels,
     widths_of,
 )
+from torch_otprune.surgery.attention import fit_attention_
 from torch_otprune.surgery.attributes import changes
+from torch_otprune.surgery.experts import counts, entries, is_mixture, shorten_
+from torch_otprune.surgery.parametrised import hold_, is_computed
+from torch_otprune.surgery.recurrent import fit_shapes_, refresh_
 
 __all__ = ["check_cuts", "cut_", "merged", "places", "put_", "set_"]
 
@@ -36,11 +41,21 @@ def cut_(model: nn.Module, cuts: Sequence[Cut]) -> None:
     check_cuts(model, cuts)
     done: dict[_Piece, tuple[Tensor, Tensor]] = {}
     pieces = merged(cuts)
-    said = changes(model, cuts, pieces)
+    said = changes(model, [cut for cut in cuts if not is_mixture(cut)], pieces)
+    modules = dict(model.named_modules())
+    lists = [p for p in pieces if entries(modules.get(p.path), p.side)]
     for piece in pieces:
-        _slice_(model, piece, done)
+        if piece not in lists:
+            _slice_(model, piece, done)
     for change in said:
         change.apply_()
+    for piece in lists:  # last: what is inside was found by its old place
+        shorten_(model, piece)
+    for cut in filter(is_mixture, cuts):
+        for owner, name, count in counts(model, cut):
+            setattr(owner, name, count)
+    fit_shapes_(model)
+    fit_attention_(model)
 
 
 def merged(cuts: Iterable[Cut]) -> list[Slice]:
@@ -89,7 +104,8 @@ def check_cuts(model: nn.Module, cuts: Iterable[Cut]) -> None:
     leaves |= dict(model.named_buffers())  # type: ignore[arg-type]
     for piece in (piece for cut in cuts for piece in cut.slices):
         if piece.path in modules:
-            size = channels(modules[piece.path], piece.side)
+            module = modules[piece.path]
+            size = entries(module, piece.side) or channels(module, piece.side)
         else:
             size = _bare_size(piece.path, leaves.get(bare(piece.path)[0]))
         if size != piece.size:
@@ -123,9 +139,16 @@ def _slice_(model: nn.Module, piece: Slice, done: dict[_Piece, tuple[Tensor, Ten
             done[key] = old, put_(owner, name, _take(old, axis, keep))
         else:
             set_(owner, name, done[key][1])
-    module = dict(model.named_modules()).get(piece.path)
-    if module is not None:
+    if (module := _named(model, piece.path)) is not None:
         _resize_(module, piece)
+
+
+def _named(model: nn.Module, path: str) -> nn.Module | None:
+    """Find a module by its path; None where it is that of a bare parameter."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def places(model: nn.Module, piece: Slice) -> list[tuple[nn.Module, str, int]]:
@@ -138,12 +161,10 @@ def places(model: nn.Module, piece: Slice) -> list[tuple[nn.Module, str, int]]:
     Returns:
         owner, name and axis of each.
     """
-    modules = dict(model.named_modules())
-    if piece.path in modules:
-        module = modules[piece.path]
+    if (module := _named(model, piece.path)) is not None:
         return [(module, name, axis) for name, axis in axes(module, piece.side)]
     path, _, name = bare(piece.path)[0].rpartition(".")
-    owner = modules[path]
+    owner = model.get_submodule(path)
     return [(owner, name, axis_of(piece.path, getattr(owner, name).shape))]
 
 
@@ -152,6 +173,10 @@ def _resize_(module: nn.Module, piece: Slice) -> None:
     if isinstance(module, nn.GroupNorm):
         kept = module.num_groups * len(piece.keep) // module.num_channels
         module.num_groups = max(kept, 1)
+    if piece.side == "through" and isinstance(module, Conv):  # one channel in, one or several out
+        module.in_channels = module.groups = module.groups * len(piece.keep) // piece.size
+        module.out_channels = len(piece.keep)
+        return
     for attribute in widths_of(module, piece.side):
         many = isinstance(getattr(module, attribute), tuple)
         setattr(module, attribute, (len(piece.keep),) if many else len(piece.keep))
@@ -182,9 +207,12 @@ def put_(module: nn.Module, name: str, value: Tensor) -> Tensor:
     return value
 
 
-def set_(module: nn.Module, name: str, value: Tensor) -> None:
+def set_(module: nn.Module, name: str, value: Tensor | nn.Module) -> None:
     """Let a module hold a tensor where it held another, parameter or not."""
-    if name in module._parameters:
+    if is_computed(module, name):
+        hold_(module, name, value)
+    elif name in module._parameters:
         module._parameters[name] = value  # type: ignore[assignment]
     else:
-        module._buffers[name] = value
+        module._buffers[name] = value  # type: ignore[assignment]
+    refresh_(module)

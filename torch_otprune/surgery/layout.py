@@ -69,7 +69,8 @@ class _Record:
         self.plain: dict[str, Any] = {
             key: value
             for key, value in vars(module).items()
-            if not key.startswith("_") and (isinstance(value, PLAIN) or is_config(value))
+            if not key.startswith("_")
+            and (isinstance(value, PLAIN) or is_config(value) or _is_widths(value))
         }
 
     def forget_(self) -> None:
@@ -81,6 +82,11 @@ class _Record:
         table.clear()
         table.update(self.children)
         vars(self.module).update(self.plain)
+
+
+def _is_widths(value: object) -> bool:
+    """Tell a list of integers, which a cut replaces by another."""
+    return isinstance(value, list) and all(type(entry) is int for entry in value)
 
 
 def _forget_(model: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,17 +12,36 @@ from torch import Tensor, nn
 
 from torch_otprune.plan.model import Cut, Drop, Slice
 from torch_otprune.structure.forward import evaluating, first_line, flat_tensors, run
-from torch_otprune.structure.layers import TokenNorm, bare
+from torch_otprune.structure.layers import bare, is_token_norm
 from torch_otprune.structure.mute import muted
 from torch_otprune.surgery.copied import copied
 from torch_otprune.surgery.cut import cut_, merged, places, set_
 from torch_otprune.surgery.exchange import exchange_
+from torch_otprune.surgery.experts import is_mixture, routed
+from torch_otprune.surgery.parametrised import held
 
 __all__ = ["compared", "disagreement", "gap", "masked"]
 
+_FAILS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+_LIBRARIES = ("torch", "torch_otprune")
+
 
 @contextmanager
-def masked(model: nn.Module, cuts: Sequence[Cut], small: nn.Module | None = None) -> Iterator[None]:
+def masked(
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    small: nn.Module | None = None,
+    *,
+    sides: Collection[str] = ("in",),
+) -> Iterator[None]:
     """Silence, at every consumer, the channels that the cuts would remove.
 
     A consumer's weights on what goes are zero meanwhile. A norm over channels of which some go is
@@ -31,23 +51,27 @@ def masked(model: nn.Module, cuts: Sequence[Cut], small: nn.Module | None = None
         model: the dense model.
         cuts: a plan's decisions.
         small: the cut model; needed where a norm loses some of the channels it takes together.
+        sides: where: `in` at consumers, `out` at producers, as units that meet in an inner
+            product need it.
 
     Yields:
         nothing; weights are back and hooks are gone afterwards.
     """
-    pieces, handles, old = merged(cuts), [], []
+    pieces, handles = merged(cuts), []
+    old: list[tuple[nn.Module, str, Tensor | nn.Module]] = []
     try:
-        for owner, name, value in _silenced(model, [p for p in pieces if p.side == "in"]):
-            old.append((owner, name, getattr(owner, name)))
+        for owner, name, value in _silenced(model, [p for p in pieces if p.side in sides]):
+            old.append((owner, name, held(owner, name)))
             set_(owner, name, value)
-        for path, keep in _norms(model, pieces).items():
+        for path, piece in _norms(model, pieces).items():
             assert small is not None, f"'{path}' can only be masked with the cut model at hand"
-            hook = _NormOfKept(small.get_submodule(path), keep)
-            handles.append(model.get_submodule(path).register_forward_hook(hook))
+            hook = _NormOfKept(small.get_submodule(path), piece)
+            norm = model.get_submodule(path)
+            handles.append(norm.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
-        for owner, name, value in reversed(old):
-            set_(owner, name, value)
+        for owner, name, before in reversed(old):
+            set_(owner, name, before)
         for handle in handles:
             handle.remove()
 
@@ -64,32 +88,63 @@ def _silenced(model: nn.Module, pieces: Sequence[Slice]) -> Iterator[tuple[nn.Mo
             yield owner, name, weight * mask[: weight.shape[axis]].to(weight).view(shape)
 
 
-def _norms(model: nn.Module, pieces: Sequence[Slice]) -> dict[str, Tensor]:
+def _norms(model: nn.Module, pieces: Sequence[Slice]) -> dict[str, Slice]:
     """Find the norms that lose some of the numbers they take together, and what each keeps."""
-    found: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
-    for piece in (p for p in pieces if p.side == "through"):
+    found: dict[str, Slice] = {}
+    modules, mixed = dict(model.named_modules()), set()
+    for piece in pieces:
         path = piece.path if piece.path in modules else bare(piece.path)[0].rpartition(".")[0]
-        module = modules[path]
-        if isinstance(module, TokenNorm) or (piece.path not in modules and _is_norm(module)):
-            found[path] = torch.tensor(piece.keep, device="cpu")
-    return found
+        if piece.side == "through" and _takes_together(modules[path], whole=path == piece.path):
+            found[path] = piece
+        elif piece.side != "through":
+            mixed.add(path)
+    return {path: piece for path, piece in found.items() if path not in mixed}
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """Recognise a home-made norm: a leaf that says so and scales what it takes together."""
-    return "norm" in type(module).__name__.lower() and not list(module.children())
+def _takes_together(module: nn.Module, *, whole: bool) -> bool:
+    """Recognise a norm over channels; a home-made one is a leaf that only carries channels."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups == 1
+    return is_token_norm(module) or not (whole or list(module.children()))
 
 
 class _NormOfKept:
     """A hook that takes a norm over the channels that stay."""
 
-    def __init__(self, norm: nn.Module, keep: Tensor) -> None:
-        self.norm, self.keep = norm, keep
+    def __init__(self, norm: nn.Module, piece: Slice) -> None:
+        self.norm, self.size = norm, piece.size
+        self.keep = torch.tensor(piece.keep, device="cpu")
+        first = isinstance(norm, nn.GroupNorm)
+        self.first = first or getattr(norm, "data_format", "") == "channels_first"
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> Any:
+        if not isinstance(out, Tensor):
+            return out
+        order = (1, out.dim() - 1) if self.first else (out.dim() - 1, 1)
+        for axis in (a for a in order if a < out.dim() and out.shape[a] == self.size):
+            made = self._made(axis, args, kwargs, out)
+            if made is not None:
+                return made
+        return out
+
+    def _made(
+        self, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+    ) -> Tensor | None:
+        """Norm what stays along an axis; None where the norm does not fit there."""
         keep = self.keep.to(out.device)
-        return torch.zeros_like(out).index_copy(-1, keep, self.norm(args[0].index_select(-1, keep)))
+
+        def kept(value: Any) -> Any:
+            fits = isinstance(value, Tensor) and value.dim() == out.dim()
+            cut = fits and value.shape[axis] == self.size
+            return value.index_select(axis, keep) if cut else value
+
+        try:
+            made = self.norm(*map(kept, args), **{name: kept(v) for name, v in kwargs.items()})
+        except RuntimeError:
+            return None
+        return torch.zeros_like(out).index_copy(axis, keep, made)
 
 
 def disagreement(
@@ -129,20 +184,71 @@ def compared(
     small = copied(model)
     cut_(small, cuts)
     exchange_(small, drops)
+    far, said = _compared(model, cuts, small, example, drops)
+    if far <= _EXACT and any(map(is_mixture, cuts)):
+        far, said = _compared(model, cuts, small, example, drops, drawn=True)
+        said += ", with logits that reach every expert"
+    return far, said
+
+
+def _compared(
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    small: nn.Module,
+    example: Any,
+    drops: Sequence[Drop],
+    *,
+    drawn: bool = False,
+) -> tuple[float, str]:
     with evaluating(model), torch.no_grad():
-        with masked(model, cuts, small), muted(model, [drop.swaps[0] for drop in drops]):
-            expected = flat_tensors(run(model, example))
+        expected = _expected(model, cuts, small, example, drops, drawn=drawn)
         try:
-            with evaluating(small):
+            with evaluating(small), routed(small, cuts, cut=True, drawn=drawn):
                 got = flat_tensors(run(small, example))
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-            return float("inf"), f"without it the model does not run: {first_line(error)}"
+        except _FAILS as error:
+            said = f"without it the model does not run: {first_line(error)}{_place(error)}"
+            return float("inf"), said
     if [t.shape for t in expected] != [t.shape for t in got]:
         few, many = len(got), len(expected)
         change = "tensors of other shapes" if few == many else f"{few} tensors instead of {many}"
         return float("inf"), f"without it the model returns {change}"
     far = gap(expected, got)
+    if far > _EXACT:  # units may meet one another before any consumer
+        with evaluating(model), torch.no_grad():
+            silent = _expected(model, cuts, small, example, drops, drawn=drawn, sides=("in", "out"))
+        far = min(far, gap(silent, got))
     return far, f"cut and masked outputs differ by {far:.1e} of the largest output"
+
+
+_EXACT = 1e-6
+
+
+def _expected(
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    small: nn.Module,
+    example: Any,
+    drops: Sequence[Drop],
+    *,
+    drawn: bool,
+    sides: Collection[str] = ("in",),
+) -> list[Tensor]:
+    with (
+        masked(model, cuts, small, sides=sides),
+        muted(model, [drop.swaps[0] for drop in drops]),
+        routed(model, cuts, cut=False, drawn=drawn),  # last: finds the weights that are masked
+    ):
+        return flat_tensors(run(model, example))
+
+
+def _place(error: BaseException) -> str:
+    """Name the line of the user's code that failed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not any(f"/{room}/" in f.filename for room in _LIBRARIES)]
+    if not theirs:
+        return ""
+    name = theirs[-1].filename.replace("\\", "/").rpartition("/")[2]
+    return f" (at {name}:{theirs[-1].lineno})"
 
 
 def gap(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
@@ -158,7 +264,9 @@ def gap(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     if [t.shape for t in expected] != [t.shape for t in got]:
         return float("inf")
     pairs = [
-        (a, b) for a, b in zip(expected, got, strict=True) if a.is_floating_point() and a.numel()
+        (a, b)
+        for a, b in zip(expected, got, strict=True)
+        if (a.is_floating_point() or a.is_complex()) and a.numel() and not a.is_meta  # no values
     ]
     scale = max((float(a.abs().max()) for a, _ in pairs), default=0.0)
     worst = max((float((a - b).abs().nan_to_num(torch.inf).max()) for a, b in pairs), default=0.0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.surgery.layout import Layout
+from torch_otprune.surgery.recurrent import refresh_
 
 __all__ = ["Snapshot"]
 
@@ -56,6 +57,7 @@ class _Record:
                 if tensor is not None and value is not None:
                     _refill_(tensor, value)
                 live[key] = tensor
+        refresh_(self.module)
 
 
 def _refill_(tensor: Tensor, value: Tensor) -> None:

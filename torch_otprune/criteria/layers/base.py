@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from torch_otprune.criteria.base import Ranking, checked
@@ -70,18 +70,6 @@ class LayerCriterion(Setting, ABC):
             order = [evidence.blocks[b] for b in ranking.order.flip(0).tolist()]
             prices |= rising(list(zip(order, added, strict=True)))
         return prices
-
-    def refine(self, evidence: ChainEvidence, keep: Int[Tensor, " kept"]) -> Int[Tensor, " kept"]:
-        """Improve the set of one size beyond the nested one.
-
-        Args:
-            evidence: what is known about the chain.
-            keep: the nested set.
-
-        Returns:
-            a set of the same size; the nested one unless a criterion knows better.
-        """
-        return keep
 
 
 class ScoreLayerCriterion(LayerCriterion, ABC):

@@ -62,20 +62,21 @@ def look_ahead(
     if not all(map(isfinite, alone)):
         return None
     # what it adds, so that of equal ones the last goes; and how many were gone at that look
-    heap = [(added, -place, 0) for place, added in enumerate(alone)]
+    heap = [(added, back, 0) for back, added in zip(range(0, -len(names), -1), alone, strict=True)]
     heapify(heap)
     gone: list[tuple[str, float]] = []
     spent, left = 0.0, trials - len(names)
     while heap:
-        added, place, known = heappop(heap)
+        added, back, known = heappop(heap)
+        name = names[-back]
         fresh = known == len(gone) or not gone
         if not fresh and left > 0 and len(gone) < count:
             left -= 1
-            total = look.among([*(name for name, _ in gone), names[-place]])
+            total = look.among([*(other for other, _ in gone), name])
             more = total - spent if isfinite(total) else added
-            heappush(heap, (more, place, len(gone)))
+            heappush(heap, (more, back, len(gone)))
             continue
-        gone.append((names[-place], added))
+        gone.append((name, added))
         spent += added
     return gone
 

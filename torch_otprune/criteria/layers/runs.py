@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from torch_otprune.criteria.base import Ranking
 
-__all__ = ["best_set", "greedy", "joint", "nested", "priced_runs", "runs"]
+__all__ = ["greedy", "joint", "nested", "priced_runs", "runs"]
 
 
 def runs(gone: Collection[int]) -> list[tuple[int, int]]:
@@ -96,34 +96,3 @@ def greedy(price: Float[Tensor, "blocks blocks"]) -> Ranking:
         spent.append(cost)
         left.remove(-block)
     return nested(gone, spent)
-
-
-def best_set(price: Float[Tensor, "blocks blocks"], size: int) -> Int[Tensor, " gone"]:
-    """Find the cheapest set of a size, by dynamic programming over the chain.
-
-    Args:
-        price: cost of every run.
-        size: how many blocks go.
-
-    Returns:
-        their numbers, in order.
-    """
-    table: list[list[float]] = price.tolist()
-    # best[k][m]: m of the first k blocks go and block k stays, with the length of the last run.
-    best: list[dict[int, tuple[float, int]]] = []
-    for k in range(len(table) + 1):
-        state: dict[int, tuple[float, int]] = {}
-        for run in range(min(size, k) + 1):
-            own = table[k - run][k - 1] if run else 0.0
-            before = best[k - run - 1] if run < k else {0: (0.0, 0)}
-            for m, (cost, _) in before.items():
-                if m + run <= size and cost + own < state.get(m + run, (torch.inf, 0))[0]:
-                    state[m + run] = (cost + own, run)
-        best.append(state)
-    gone: list[int] = []
-    k = len(table)
-    while k >= 0:
-        run = best[k][size - len(gone)][1]
-        gone += range(k - run, k)
-        k -= run + 1
-    return torch.tensor(sorted(gone), dtype=torch.int64, device="cpu")

@@ -7,14 +7,14 @@ from math import isfinite
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from torch_otprune.criteria.base import Ranking, settle
 from torch_otprune.criteria.layers.base import LayerCriterion, LayerNeed, register
 from torch_otprune.criteria.layers.look import Look, look_ahead, rising
-from torch_otprune.criteria.layers.runs import best_set, greedy, priced_runs
+from torch_otprune.criteria.layers.runs import greedy, priced_runs
 from torch_otprune.criteria.layers.spans import Replace, span_costs
 from torch_otprune.statistics.depth import ChainEvidence
 
@@ -36,8 +36,7 @@ class Transport(LayerCriterion):
     and shift. R is always fitted on other samples than those that price it.
 
     Adjacent blocks that go together are replaced by one map, so a set of blocks costs the sum over
-    its contiguous runs. Blocks go one by one, each time the one that adds least; `refine` finds
-    the best set of the chosen size by dynamic programming.
+    its contiguous runs. Blocks go one by one, each time the one that adds least.
 
     What the output feels is taken to first order, and what the repair of the layers that stay
     wins back is not in these prices. So a plan tries: it takes each block out, mends the rest
@@ -54,9 +53,9 @@ class Transport(LayerCriterion):
     apart: an error made early also moves what later maps read. Where a rectifier follows the
     addition, the layer in front can take the map up only where the rectifier is on.
     A run beyond `longest_span` is priced as spans in a row, although only the first of them has
-    a layer to fold into. The curve never falls as blocks go, even where two blocks undo each
-    other: then `refine` finds the pair, and the curve is too high. The ridge is the best of four
-    on the rows that price it, which flatters the price a little.
+    a layer to fold into. The curve never falls as blocks go, so it is too high where two blocks
+    undo each other. The ridge is the best of four on the rows that price it, which flatters the
+    price a little.
 
     Source: ours; fitting the layer in front as in ReplaceMe (Shopkhoev et al. 2025), with an
     intercept, and weighted by what the output feels.
@@ -67,7 +66,8 @@ class Transport(LayerCriterion):
     priced: ClassVar[bool] = True
     replace: Replace | None = Field(
         default=None,
-        description="the map that takes a block's place; null follows the rule's replacement",
+        description="the map that takes a block's place where no repair is tried, which takes what "
+        "the rule says; null follows the rule's replacement",
     )
     longest_span: int = Field(default=8, ge=1, description="most blocks under one map")
     folds: int = Field(default=4, ge=2, description="parts of the samples, held out in turn")
@@ -112,13 +112,6 @@ class Transport(LayerCriterion):
     def rank(self, evidence: ChainEvidence) -> Ranking:
         """Price every span, then remove block by block."""
         return greedy(self.prices(evidence))
-
-    def refine(self, evidence: ChainEvidence, keep: Int[Tensor, " kept"]) -> Int[Tensor, " kept"]:
-        """Find the best set of the same size."""
-        price = self.prices(evidence)
-        stays = torch.ones(len(price), dtype=torch.bool, device="cpu")
-        stays[best_set(price, len(price) - len(keep))] = False
-        return stays.nonzero()[:, 0]
 
     def prices(self, evidence: ChainEvidence) -> Float[Tensor, "blocks blocks"]:
         """Price every run of blocks.

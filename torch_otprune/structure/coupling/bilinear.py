@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from torch_otprune.structure.coupling.contract import contract
 from torch_otprune.structure.coupling.fields import core, varying
 from torch_otprune.structure.coupling.ledger import Ledger
-from torch_otprune.structure.coupling.rules import meet
+from torch_otprune.structure.coupling.rules import meet, unknown
 
-__all__ = ["trilinear"]
+__all__ = ["grouped", "trilinear"]
 
 
 def trilinear(ledger: Ledger, op: Any, given: Any, out: Tensor) -> None:
@@ -45,3 +46,28 @@ def trilinear(ledger: Ledger, op: Any, given: Any, out: Tensor) -> None:
             rest = ledger.tie(field, [a for a in varying(field) if a in summed])
             told.append(rest[tuple(slice(None) if a in left else 0 for a in range(rest.dim()))])
     ledger.put(out, told)
+
+
+def grouped(ledger: Ledger, op: Any, given: Any, out: Tensor) -> None:
+    """Carry labels over a product of runs of rows, each with a matrix of its own.
+
+    So are experts computed: rows of tokens, sorted by expert, times that expert's weights.
+
+    Args:
+        ledger: where labels are joined.
+        op: the op.
+        given: its arguments by name.
+        out: what it returned.
+    """
+    rows, matrices = given["self"], given["mat2"]
+    if (rows.dim(), matrices.dim()) != (2, 3):
+        unknown(ledger, op, given, out)
+        return
+    fields = []
+    for field in ledger.fact(matrices).fields:
+        rest = ledger.without(field, [0], "mix", "they are picked by a table of numbers")
+        if rest is not None:
+            fields.append(rest[0])
+    one = matrices.new_empty(matrices.shape[1:], device="meta")
+    ledger.put(one, fields, ledger.fact(matrices).source)
+    contract(ledger, (rows, one), "mk,kn->mn", out)

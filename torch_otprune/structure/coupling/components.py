@@ -4,73 +4,128 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch_otprune.structure.coupling.asked import Asked
 from torch_otprune.structure.coupling.fields import compact, core, varying
+from torch_otprune.structure.coupling.forest import KEPT
 from torch_otprune.structure.coupling.ledger import Ledger, Role, parametrised
 from torch_otprune.structure.coupling.rules import Named, flat, unknown
 from torch_otprune.structure.coupling.table import rule_of
 from torch_otprune.structure.coupling.writes import seen, written
 from torch_otprune.structure.forward import evaluating, flat_tensors, run
 from torch_otprune.structure.graph import Side
-from torch_otprune.structure.layers import Conv, axes, bare_axis, channels, is_depthwise, is_linear
+from torch_otprune.structure.layers import (
+    Conv,
+    axes,
+    bare_axis,
+    channels,
+    is_depthwise,
+    is_linear,
+    is_token_norm,
+)
+from torch_otprune.structure.routing import Visits
 
-__all__ = ["Atom", "Component", "components"]
+__all__ = ["Component", "Sides", "components"]
 
 _LOG = logging.getLogger(__name__)
 
-Atom = tuple[str, Side, int]
+Places = npt.NDArray[np.int64]
+Sides = dict[tuple[str, Side], Tensor]
+"""Module path and side to int64, sets x width: the channels of each set."""
+
+_At = Callable[[int], Iterable[int]]
 
 
 @dataclass
 class Component:
-    """Channels that live or die together.
+    """Sets of one make; the channels of a set live or die together.
 
     Args:
-        atoms: module path, side and channel.
-        reasons: why they cannot go; empty where they can.
+        sides: what belongs to each set: the same sides, and as many channels of each.
+        reasons: why they cannot go; empty where they can. That a norm takes them is none.
         kinds: of the objections.
         head: whether they are the channels of whole heads.
+        least: how many of them an op chooses at once.
     """
 
-    atoms: set[Atom] = field(default_factory=set)
+    sides: Sides = field(default_factory=dict)
     reasons: set[str] = field(default_factory=set)
     kinds: set[str] = field(default_factory=set)
     head: bool = False
+    least: int = 0
 
 
-def components(model: nn.Module, example: Any) -> list[Component]:
+def components(
+    model: nn.Module,
+    example: Any,
+    *,
+    idle: Collection[str] = (),
+    visits: Visits | None = None,
+) -> list[Component]:
     """Find every set of coupled channels of a model.
 
     Args:
         model: any module; it is left as it was.
         example: one batch.
+        idle: modules that others run: their tensors are known by their own names.
+        visits: of experts that the example alone does not reach.
 
     Returns:
-        one component per coupled set, those that cannot be cut with their reasons.
+        coupled sets, all of one make together; those that cannot be cut with their reasons.
     """
     with parametrize.cached(), evaluating(model), torch.no_grad(), _plain():
         leaves = [
             *parametrised(model),
-            *model.named_parameters(remove_duplicate=False),
+            *_parameters(model),
             *model.named_buffers(),
         ]
         ledger = Ledger(leaves)
-        with _Watch(ledger):
-            output = run(model, example)
+        with _marked(model, ledger), Asked(ledger), _Watch(ledger):
+            output = [run(model, example)]
+            if visits is not None:
+                output += visits.runs(lambda: run(model, example))
         for tensor in flat_tensors(output):
             for labels in ledger.fact(tensor).fields:
                 ledger.forest.object(core(labels), "output", "they reach the model's output")
     _square(ledger)
-    return _collect(model, ledger)
+    return _collect(model, ledger, idle)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """List parameters under the names of each module that holds them; a module has one name."""
+    for path, module in model.named_modules():
+        yield from module.named_parameters(prefix=path, recurse=False)
+
+
+@contextmanager
+def _marked(model: nn.Module, ledger: Ledger) -> Iterator[None]:
+    """Note what reaches norms without parameters, whose widths must follow all the same."""
+
+    def mark(path: str) -> Any:
+        return lambda module, args, out: ledger.mark(path, out)
+
+    bare = [
+        module.register_forward_hook(mark(path))
+        for path, module in model.named_modules()
+        if is_token_norm(module) and not any(True for _ in module.parameters())
+    ]
+    try:
+        yield
+    finally:
+        for handle in bare:
+            handle.remove()
 
 
 @contextmanager
@@ -85,6 +140,12 @@ def _plain() -> Iterator[None]:
     finally:
         torch._C._set_mkldnn_enabled(enabled)
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _on_cpu() -> AbstractContextManager[Any]:
+    """Make labels on the CPU, whatever the default; where it is that, a mode would cost time."""
+    plain = torch.get_default_device().type == "cpu"
+    return nullcontext() if plain else torch.device("cpu")
 
 
 class _Watch(TorchDispatchMode):
@@ -104,7 +165,7 @@ class _Watch(TorchDispatchMode):
         ledger, name = self.ledger, function.overloadpacket.__name__
         ledger.op = name.strip("_")
         given = _named(function, args, kwargs or {})
-        with torch.device("cpu"):
+        with _on_cpu():
             seen(ledger, list(flat(given)))
             before = [(t, ledger.fact(t)) for t in _targets(function, given)]
             self._follow(function, given, out)
@@ -117,7 +178,7 @@ class _Watch(TorchDispatchMode):
         rule = rule_of(function, name, frozenset(t.name for t in function.tags))
         try:
             rule(self.ledger, function, given, out)
-        except Exception:  # a call that a rule cannot follow must not end the analysis
+        except Exception:  # noqa: BLE001  # a call that a rule cannot follow must not end the analysis
             _LOG.debug("the rule of %s failed", function, exc_info=True)
             unknown(self.ledger, function, given, out)
 
@@ -136,49 +197,117 @@ def _named(function: Any, args: Any, kwargs: Any) -> Named:
 
 def _square(ledger: Ledger) -> None:
     """Tie what a tensor's shape holds together: what is left of it must be a box."""
+    for sheet, free in ledger.asks:
+        labels = compact(ledger.forest.roots(sheet))
+        heads = ledger.forest.roots(torch.cat([*ledger.heads, torch.zeros(0, dtype=torch.int64)]))
+        # the open axis counts; where it is tied up, what forward spells out stays, unless heads
+        if free in varying(labels) or not bool(torch.isin(core(labels), heads).any()):
+            ledger.tie(labels, [axis for axis in varying(labels) if axis != free])
     again = True
     while again:
         again = False
         for sheet in ledger.sheets:
             labels = ledger.forest.roots(sheet)
-            vary = varying(compact(labels))
+            vary = [axis for axis in varying(compact(labels)) if _differ(labels, axis)]
             if len(vary) < 2:
                 continue
             best = max(vary, key=lambda axis: labels.shape[axis])
             again |= ledger.tied(compact(labels), [axis for axis in vary if axis != best])
 
 
-def _collect(model: nn.Module, ledger: Ledger) -> list[Component]:
-    forest = ledger.forest
-    found: dict[int, Component] = defaultdict(Component)
-    modules = dict(model.named_modules())
-    for name in ledger.leaves:
-        for axis in range(ledger.leaves[name].dim()):
+def _differ(labels: Tensor, axis: int) -> bool:
+    """Tell whether units differ along an axis; a place that stays is none."""
+    first = labels.amax(axis, keepdim=True)
+    return not bool(((labels == first) | (labels == KEPT)).all())
+
+
+def _collect(model: nn.Module, ledger: Ledger, idle: Collection[str]) -> list[Component]:
+    owned = _owned(model, ledger, idle)
+    if not owned:
+        return []
+    numbers = np.repeat(np.arange(len(owned)), [len(roots) for roots, _ in owned.values()])
+    roots, places = (np.concatenate(each) for each in zip(*owned.values(), strict=True))
+    order = np.lexsort((places, numbers, roots))
+    roots, numbers, places = roots[order], numbers[order], places[order]
+    named, whose, made = list(owned), np.full(ledger.forest.size, -1), list[Component]()
+    for key, starts in _makes(roots, numbers).items():
+        of = np.frombuffer(key, dtype=numbers.dtype)
+        table = torch.from_numpy(places[starts[:, None] + np.arange(len(of))])
+        whose[roots[starts]] = len(made)
+        made.append(Component({named[n]: table[:, of == n] for n in np.unique(of).tolist()}))
+    _objected(ledger, made, whose)
+    return made
+
+
+def _makes(roots: Places, numbers: Places) -> dict[bytes, Places]:
+    """Find the sets of one make: the same sides, as often each."""
+    starts = np.flatnonzero(np.diff(roots, prepend=-1))
+    found: dict[bytes, list[int]] = defaultdict(list)
+    for start, stop in pairwise([*starts.tolist(), len(roots)]):
+        found[numbers[start:stop].tobytes()].append(start)
+    return {key: np.array(several) for key, several in found.items()}
+
+
+def _objected(ledger: Ledger, made: list[Component], whose: Places) -> None:
+    """Tell every component what was objected to it, and which are heads."""
+
+    def met(labels: Tensor) -> Iterator[Component]:
+        found = np.unique(whose[np.unique(ledger.forest.roots(labels).numpy())])
+        return (made[number] for number in found.tolist() if number >= 0)
+
+    for owned, why in ledger.forest.objections:
+        for component in met(owned):
+            component.kinds.add(why.kind)
+            if why.kind != "norm":  # that alone keeps no stream from being made narrower
+                component.reasons.add(why.said)
+    for labels in ledger.heads:
+        for component in met(labels[labels >= 0]):
+            component.head = True
+    for labels, count in ledger.chosen:
+        for component in met(labels[labels >= 0]):
+            sets = len(next(iter(component.sides.values())))
+            component.least = max(component.least, -(-count * sets // len(labels)))
+
+
+def _owned(
+    model: nn.Module, ledger: Ledger, idle: Collection[str]
+) -> dict[tuple[str, Side], tuple[Places, Places]]:
+    """List for every side the sets that its channels are in: roots and channels."""
+    pairs: dict[tuple[str, Side], list[Places]] = defaultdict(list)
+    modules = {path: m for path, m in model.named_modules() if path not in idle}
+    for name, leaf in ledger.leaves.items():
+        for axis in range(leaf.dim()):
             labels = ledger.labels(name, axis)
             if labels is None:
                 continue
-            roles = ledger.roles.get((name, axis), set())
+            roots, roles = ledger.forest.roots(labels), ledger.roles.get((name, axis), set())
             for alias in ledger.aliases[name]:
-                sides = list(_sides(modules, alias, ledger.leaves[name], axis, roles=roles))
-                for place, root in enumerate(forest.roots(labels).tolist()):
-                    for path, side, at in sides:
-                        found[root].atoms.update((path, side, i) for i in at(place))
-    for owned, why in forest.objections:
-        for root in torch.unique(forest.roots(owned)).tolist():
-            if root in found:
-                found[root].reasons.add(why.said)
-                found[root].kinds.add(why.kind)
-    for labels in ledger.heads:
-        for root in torch.unique(forest.roots(labels)).tolist():
-            if root in found:
-                found[root].head = True
-    return [c for c in found.values() if c.atoms]
+                for path, side, at in _sides(modules, alias, leaf, axis, roles=roles):
+                    pairs[path, side].append(_pairs(roots.numpy(), at))
+    known = np.unique(np.concatenate([p[0] for several in pairs.values() for p in several] or [[]]))
+    for path, labels in ledger.marks.items():
+        found = _pairs(ledger.forest.roots(labels).numpy(), None)
+        pairs[path, "through"].append(found[:, np.isin(found[0], known)])
+    return {key: _merged(several) for key, several in pairs.items()}
+
+
+def _merged(pairs: list[Places]) -> tuple[Places, Places]:
+    """Write once what a weight and its bias both tell of a channel."""
+    roots, places = pairs[0] if len(pairs) == 1 else np.unique(np.concatenate(pairs, 1), axis=1)
+    return roots, places
+
+
+def _pairs(roots: Places, at: _At | None) -> Places:
+    if at is None:
+        return np.stack([roots, np.arange(len(roots))])
+    each = [(root, i) for place, root in enumerate(roots.tolist()) for i in at(place)]
+    return np.array([*zip(*each, strict=True)], dtype=np.int64).reshape(2, -1)
 
 
 def _sides(
     modules: dict[str, nn.Module], name: str, leaf: Tensor, axis: int, *, roles: set[Role]
-) -> Iterator[tuple[str, Side, Callable[[int], Iterable[int]]]]:
-    """Tell under which paths and sides one axis of a tensor is known, and at which channels."""
+) -> Iterator[tuple[str, Side, _At | None]]:
+    """Tell under which paths and sides an axis of a tensor is known; None: index is channel."""
     path, _, tensor = name.rpartition(".")
     module = modules.get(path)
     if module is not None and channels(module, "out") is not None:
@@ -187,8 +316,9 @@ def _sides(
                 yield path, side, _places(module, side)
         return  # the taps of a kernel have no side
     plain = leaf.dim() and axis == bare_axis(leaf.shape)
-    for role in sorted(roles) or ("through",):  # a table that is only looked up
-        yield name if plain else f"{name}:{axis}", role, lambda place: (place,)
+    order: tuple[Role, ...] = ("out", "in", "through")  # one: an axis is cut once
+    role: Role = next((role for role in order if role in roles), "through")
+    yield name if plain else f"{name}:{axis}", role, None
 
 
 def _known(module: nn.Module) -> tuple[Side, ...]:
@@ -197,11 +327,11 @@ def _known(module: nn.Module) -> tuple[Side, ...]:
     return ("out", "in")
 
 
-def _places(module: nn.Module, side: Side) -> Callable[[int], Iterable[int]]:
+def _places(module: nn.Module, side: Side) -> _At | None:
     """A filter of a grouped convolution has one row for a channel of each group."""
     if isinstance(module, Conv) and module.groups > 1 and not is_depthwise(module):
         size = channels(module, side) or 0
         shared: Side = "out" if module.transposed else "in"
         if side == shared:
             return lambda place: range(place, size, size // module.groups)
-    return lambda place: (place,)
+    return None

@@ -34,7 +34,7 @@ def contract(ledger: Ledger, operands: tuple[Tensor, Tensor], spec: str, out: Te
     batch = set(letters[0]) & set(letters[1]) & set(made)
     _stiff(ledger, operands, letters, batch)
     single: list[list[Tensor]] = [[], []]
-    told: dict[str, list[Tensor]] = {}
+    told: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     whole = [False, False]
     for side, tensor in enumerate(operands):
         for field in ledger.fact(tensor).fields:
@@ -42,16 +42,17 @@ def contract(ledger: Ledger, operands: tuple[Tensor, Tensor], spec: str, out: Te
             ledger.play(tensor, core(field), "in" if summed in vary else "out")
             over = vary & batch or vary & {summed} or vary
             rest = _rest(ledger, field, [letters[side].index(c) for c in vary - over])
-            if vary & batch and vary - over:
+            if vary & batch:
                 ledger.heads.append(core(field).flatten())
             left = "".join(letters[side][axis] for axis in varying(rest))
             whole[side] |= summed in vary and left != summed
             if left == summed:
                 single[side].append(core(rest).flatten())
             elif left:
-                told.setdefault(left, []).append(_written(rest, letters[side], made, out))
+                same = told.setdefault(left, ([], []))
+                same[side].append(_written(rest, letters[side], made, out))
     _sum(ledger, operands, single, whole)
-    fields = [_joined(ledger, same) for same in told.values()]
+    fields = [f for first, second in told.values() for f in _joined(ledger, first, second)]
     ledger.put(out, fields, _source(ledger, operands))
 
 
@@ -73,7 +74,7 @@ def _stiff(
 
 def own(tensor: Tensor, axis: int) -> bool:
     """Tell whether a tensor has numbers of its own along an axis: not where it was expanded."""
-    return tensor.shape[axis] > 1 and (tensor.is_meta or tensor.stride(axis) != 0)
+    return tensor.shape[axis] > 1 and tensor.stride(axis) != 0
 
 
 def _source(ledger: Ledger, operands: tuple[Tensor, Tensor]) -> Source:
@@ -96,11 +97,13 @@ def _written(field: Tensor, letters: str, made: str, out: Tensor) -> Tensor:
     return spread(kept.permute(*order, *gone).reshape(shape), out.shape)
 
 
-def _joined(ledger: Ledger, fields: list[Tensor]) -> Tensor:
-    first = fields[0]
-    for field in fields[1:]:
-        ledger.join(*torch.broadcast_tensors(core(first), core(field)))
-    return first
+def _joined(ledger: Ledger, first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """Join what both factors say of an axis; what one says twice, as of a grid, stays apart."""
+    if not (first and second):
+        return [*first, *second]
+    for field in (*first[1:], *second):
+        ledger.join(*torch.broadcast_tensors(core(first[0]), core(field)))
+    return first[:1]
 
 
 def _sum(
@@ -221,6 +224,11 @@ class _Conv:
 
     def depthwise(self) -> Tensor | None:
         """One channel in, one or several out: they go together, with their filters."""
+        if self.columns is not None and self.rows is not None:  # transposed, with several each
+            for labels in (self.columns, self.rows, self.read):
+                if labels is not None:
+                    self.ledger.object(labels, "shape", "each feeds several of a transposed layer")
+            return None
         rows = self.rows if self.rows is not None and len(self.rows) == self.count else None
         first = rows if rows is not None else self.columns
         if first is None or len(first) not in (self.groups, self.count):

@@ -61,15 +61,16 @@ class Forest:
         Returns:
             the same shape.
         """
-        found = labels.numpy()
-        kept = found < 0
-        found = np.where(kept, 0, found)
         if not self.size:
             return labels
+        found = labels.numpy()
+        kept = found < 0
+        some = bool(kept.any())
+        found = np.where(kept, 0, found) if some else found
         above = self.parent[found]
-        while not np.array_equal(above, found):
+        while (above != found).any():
             found, above = above, self.parent[above]
-        return torch.from_numpy(np.where(kept, KEPT, found))
+        return torch.from_numpy(np.where(kept, KEPT, above) if some else above)
 
     def union(self, first: Tensor, second: Tensor) -> bool:
         """Join the sets of two arrays of labels, place by place.

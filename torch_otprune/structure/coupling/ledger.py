@@ -61,9 +61,11 @@ class Ledger:
         self.starts: list[int] = []
         self.roles: dict[Axis, set[Role]] = defaultdict(set)
         self.sheets: list[Tensor] = []
+        self.asks: list[tuple[Tensor, int]] = []
         self.heads: list[Tensor] = []
+        self.chosen: list[tuple[Tensor, int]] = []
         self.storages: dict[int, Any] = defaultdict(WeakTensorKeyDictionary)
-        self.path: list[str] = []
+        self.marks: dict[str, Tensor] = {}
         self.op = ""
 
     def fact(self, tensor: Tensor) -> Fact:
@@ -86,6 +88,30 @@ class Ledger:
         self.note(tensor, fact)
         return fact
 
+    def copies(self, shape: Sequence[int], axis: int) -> Tensor:
+        """Make labels for an axis along which one number was written several times.
+
+        No parameter owns them: copies go with whatever they meet.
+
+        Args:
+            shape: of the tensor.
+            axis: along which.
+
+        Returns:
+            labels that vary along the axis.
+        """
+        self.axes.append(("", axis))
+        self.starts.append(self.forest.size)
+        line = [1] * len(shape)
+        line[axis] = shape[axis]
+        return self.forest.grow(shape[axis]).view(line).expand(tuple(shape))
+
+    def copied(self, field: Tensor) -> bool:
+        """Tell whether labels are those of copies that have met nothing of a parameter's yet."""
+        first = int(core(self.roots(field)).max())
+        place = int(np.searchsorted(np.asarray(self.starts), first, side="right")) - 1
+        return place >= 0 and not self.axes[place][0]
+
     def labels(self, name: str, axis: int) -> Tensor | None:
         """Give the labels of one axis of a parameter.
 
@@ -101,6 +127,18 @@ class Ledger:
             if varying(field) == (axis,):
                 return core(field).flatten()
         return None
+
+    def mark(self, path: str, out: Any) -> None:
+        """Remember the labels along the last axis of what a module without parameters returns.
+
+        Args:
+            path: of the module.
+            out: what it returned.
+        """
+        for field in self.fact(out).fields if isinstance(out, Tensor) else ():
+            if varying(field) == (out.dim() - 1,):
+                labels = core(field).flatten()
+                self.join(self.marks.setdefault(path, labels), labels)
 
     def note(self, tensor: Tensor, fact: Fact) -> None:
         """Write down what is known of a tensor."""
@@ -234,7 +272,7 @@ class Ledger:
         return self.tie(field, axes)
 
 
-_OURS = "torch_otprune"
+_PASSED = {"torch", "torch_otprune", "contextlib", "jaxtyping", "beartype"}  # not the user's
 
 
 def _line() -> str:
@@ -242,7 +280,7 @@ def _line() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] not in {"torch", _OURS, "contextlib"}:
+        if module.split(".")[0] not in _PASSED:
             return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

@@ -31,7 +31,8 @@ def lookup(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
     x = given["self"]
     indices = given["indices"] if given["indices"] is not None else given["index"]
     tables = list(indices) if isinstance(indices, (tuple, list)) else None
-    axes = [a for a, t in enumerate(tables) if t is not None] if tables else [given["dim"] or 0]
+    axis = (given["dim"] or 0) % max(x.dim(), 1)
+    axes = [a for a, t in enumerate(tables) if t is not None] if tables else [axis]
     if tables:  # a mask of several axes takes several
         axes = sorted(
             {
@@ -47,8 +48,9 @@ def lookup(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
         rest = ledger.without(field, axes, "mix", said)
         if rest is not None:
             fields.append(_picked(op, rest, given, out))
-    others = list(flat(indices))
-    ledger.put(out, fields, ledger.source([x, *others]))
+    # rows of a parameter, as of an expert's weights, are still the parameter's
+    taken = [x] if ledger.fact(x).source == "static" else [x, *flat(indices)]
+    ledger.put(out, fields, ledger.source(taken))
 
 
 def _picked(op: Any, field: Tensor, given: Named, out: Tensor) -> Tensor:
@@ -72,7 +74,8 @@ def scatter(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
     x = given["self"]
     source = next((given[n] for n in ("source", "src", "values") if given[n] is not None), None)
     indices = given["indices"]
-    axes = [a for a, t in enumerate(indices) if t is not None] if indices else [given["dim"] or 0]
+    axis = (given["dim"] or 0) % max(out.dim(), 1)
+    axes = [a for a, t in enumerate(indices) if t is not None] if indices else [axis]
     told = []
     for tensor in (t for t in (x, source) if isinstance(t, Tensor)):
         shift = out.dim() - tensor.dim()
@@ -80,6 +83,8 @@ def scatter(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
             said = "they are written to places named by numbers"
             here = [a - shift for a in axes if a >= shift] if tensor is not x else axes
             rest = ledger.without(field, here, "mix", said)
+            if rest is None and tensor is x:
+                rest = field  # they cannot go one by one, but groups of them may
             if rest is not None:
                 kept = core(rest)
                 if all(

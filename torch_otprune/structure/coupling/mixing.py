@@ -11,7 +11,7 @@ from torch_otprune.structure.coupling.fields import compact, core, spread, varyi
 from torch_otprune.structure.coupling.ledger import Ledger
 from torch_otprune.structure.coupling.rules import Named, Rule, flat, meet
 
-__all__ = ["batch_norm", "grid", "group_norm", "mixes", "norm"]
+__all__ = ["batch_norm", "chooses", "grid", "group_norm", "mixes", "norm", "routes"]
 
 
 def mixes(kind: str, said: str, *axes_of: str) -> Rule:
@@ -25,6 +25,41 @@ def mixes(kind: str, said: str, *axes_of: str) -> Rule:
         axes = [a % x.dim() for a in asked] if asked else list(range(x.dim()))
         for made in flat(out):
             carried(ledger, x, axes, made, (kind, said))
+
+    return rule
+
+
+def routes(said: str) -> Rule:
+    """Make the rule of a softmax: what competes along its axis is carried on all the same."""
+
+    def rule(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+        x, made = next(flat(given)), next(flat(out))
+        axis, fields = given["dim"] % x.dim(), []
+        for field in ledger.fact(x).fields:
+            if varying(field) == (axis,):
+                ledger.object(core(field), "route", said)
+                fields.append(field)
+            elif (rest := ledger.without(field, [axis], "route", said)) is not None:
+                fields.append(rest)
+        ledger.put(made, fields, ledger.fact(x).source)
+
+    return rule
+
+
+def chooses(said: str) -> Rule:
+    """Make the rule of an op that picks some of the numbers along an axis by comparing them."""
+
+    def rule(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+        x, dim = next(flat(given)), given["dim"]
+        last = op.overloadpacket.__name__ in ("topk", "sort")
+        axes = [dim % x.dim()] if isinstance(dim, int) else list(range(x.dim()))
+        axes = axes[-1:] if last else axes
+        for field in ledger.fact(x).fields:
+            if set(varying(field)) <= set(axes):
+                count = given["k"] if isinstance(given["k"], int) else 1
+                ledger.chosen.append((core(field).flatten(), count))
+        for made in flat(out):
+            carried(ledger, x, axes, made, ("route", said))
 
     return rule
 

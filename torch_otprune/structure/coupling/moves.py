@@ -87,6 +87,8 @@ def paired(ledger: Ledger, op: Any, given: Any, out: Any) -> None:
     for field in ledger.fact(x).fields:
         if out.dim() > x.dim():
             fields.append(field.unsqueeze(-1).expand(out.shape))
-        elif (rest := ledger.without(field, [x.dim() - 1], "mix", "they are one number")) is not None:
+        elif (
+            rest := ledger.without(field, [x.dim() - 1], "mix", "they are one number")
+        ) is not None:
             fields.append(rest.select(-1, 0))
     ledger.put(out, fields, ledger.fact(x).source)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_otprune.structure.coupling.contract import contract, own
 from torch_otprune.structure.coupling.fields import compact, core, spread, varying
 from torch_otprune.structure.coupling.forest import KEPT
-from torch_otprune.structure.coupling.ledger import Ledger
+from torch_otprune.structure.coupling.ledger import Fact, Ledger
 from torch_otprune.structure.coupling.moves import held
 
 __all__ = [
@@ -76,7 +76,9 @@ def meet(ledger: Ledger, operands: Sequence[Tensor], out: Tensor, *, role: str =
         for number, wide in members:
             if len(operands) > 1 or role != "through":
                 ledger.play(operands[number], core(wide), role)  # type: ignore[arg-type]
-    source = ledger.source(operands) if role == "keep" else ledger.computed(operands)
+    # what comes of tables alone, like a frozen norm's scale, is a table
+    alike = role == "keep" or {ledger.fact(t).source for t in operands} == {"table"}
+    source = ledger.source(operands) if alike else ledger.computed(operands)
     ledger.put(out, [f for f in told if f is not None], source)
 
 
@@ -116,6 +118,8 @@ def _merge(
         full = {a for a in axes if a >= shift and own(operand, a - shift)}
         stiff |= full - follows
     fields = [field for _, field in members]
+    if any(len(varying(field)) > 1 for field in fields):  # copies fit heads and dimensions alike
+        fields = [f for f in fields if len(varying(f)) > 1 or not ledger.copied(f)]
     if stiff:
         said = "they meet a tensor that does not follow"
         fields = [
@@ -130,7 +134,23 @@ def _merge(
         small = torch.broadcast_tensors(core(result), core(field))
         ledger.join(*small)
         result = spread(ledger.forest.roots(torch.maximum(*small)), shape)
+    for operand in operands:
+        _adopt(ledger, operand, result)
     return result
+
+
+def _adopt(ledger: Ledger, operand: Tensor, field: Tensor) -> None:
+    """Let a constant follow what it met first: whoever meets it next goes with that."""
+    kept, fact = core(field), ledger.fact(operand)
+    while kept.dim() > operand.dim() and kept.shape[0] == 1:
+        kept = kept[0]
+    fits = kept.dim() == operand.dim() and all(
+        n in (1, m) for n, m in zip(kept.shape, operand.shape, strict=True)
+    )
+    if fact.source == "filler" and fits:
+        mine = compact(kept.expand(operand.shape))
+        others = [f for f in fact.fields if not set(varying(f)) & set(varying(mine))]
+        ledger.note(operand, Fact((*others, mine), "filler"))
 
 
 def move(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
@@ -144,8 +164,42 @@ def move(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
         tied = held(ledger, op, field, given)
         for told, label in zip(fields, flat(_moved(op, tied, dict(others))), strict=True):
             told.append(label)
+    if op.overloadpacket.__name__ == "expand" and fact.source == "data":
+        fields[0] += _repeats(ledger, x, made[0])
     for tensor, told in zip(made, fields, strict=True):
-        ledger.put(tensor, told, fact.source)
+        # a weight of several matrices is laid flat only to be one operand: both of its axes stay
+        kept = _apart(ledger, told) if fact.source == "data" else told
+        ledger.put(tensor, kept, fact.source)
+
+
+def _repeats(ledger: Ledger, x: Tensor, out: Tensor) -> list[Tensor]:
+    """Label the copies along the axes that an expansion wrote several times, but for the first."""
+    shift = out.dim() - x.dim()
+    grown = [a for a in range(max(shift, 1), out.dim()) if x.shape[a - shift] < out.shape[a]]
+    return [ledger.copies(out.shape, a) for a in grown]
+
+
+def _apart(ledger: Ledger, fields: list[Tensor]) -> list[Tensor]:
+    """Decide where heads and their dimensions, both labelled, became one axis: heads go."""
+    if len(fields) < _SEVERAL:
+        return fields
+    kept: list[Tensor] = []
+    order = sorted((compact(f) for f in fields), key=lambda f: (ledger.copied(f), _changes(f)))
+    for field in order:
+        if any(set(varying(field)) & set(varying(other)) for other in kept):
+            ledger.object(core(field), "mix", "every head reads them")
+        else:
+            kept.append(field)
+    return kept
+
+
+_SEVERAL = 2
+
+
+def _changes(field: Tensor) -> int:
+    """Count how often neighbours differ: more for what runs inside of something else."""
+    flat_field = core(field).flatten()
+    return int((flat_field[1:] != flat_field[:-1]).sum())
 
 
 _COPIES = {"view": "reshape", "_unsafe_view": "reshape", "_reshape_alias": "reshape"}
@@ -170,7 +224,8 @@ def _restrided(op: Any, field: Tensor, others: dict[str, Any]) -> Tensor:
     laid = torch.empty_strided(like.shape, like.stride(), dtype=field.dtype, device="cpu")
     offset = others.pop("storage_offset", None)
     away = (like.storage_offset() if offset is None else offset) - like.storage_offset()
-    return op(laid.copy_(field), **others, storage_offset=away)
+    read: Tensor = op(laid.copy_(field), **others, storage_offset=away)
+    return read
 
 
 def keep(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
@@ -205,11 +260,21 @@ def cat(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
     new = op.overloadpacket.__name__ == "stack"
     slots: list[tuple[set[int], list[tuple[int, Tensor]]]] = []
     for number, tensor in enumerate(parts):
-        for field in ledger.fact(tensor).fields:
+        fact = ledger.fact(tensor)
+        if fact.source == "filler" and not (new or fact.fields):
+            _place(slots, (number, _free(ledger, tensor, axis)), apart={axis})
+        for field in fact.fields:
             _place(slots, (number, field.unsqueeze(axis) if new else field), apart={axis})
     shapes = [p.unsqueeze(axis).shape if new else p.shape for p in parts]
-    fields = [_abreast(ledger, members, shapes, axis, out.shape) for _, members in slots]
+    free = {n for n, t in enumerate(parts) if ledger.fact(t).source == "filler"}
+    fields = [_abreast(ledger, members, shapes, axis, free) for _, members in slots]
     ledger.put(out, fields, ledger.source(parts))
+
+
+def _free(ledger: Ledger, tensor: Tensor, axis: int) -> Tensor:
+    """Label a constant made in forward, as a first hidden state: it may follow what joins it."""
+    shape = [-1 if a == axis else 1 for a in range(tensor.dim())]
+    return spread(ledger.forest.grow(tensor.shape[axis]).view(shape), tensor.shape)
 
 
 def _abreast(
@@ -217,16 +282,20 @@ def _abreast(
     members: list[tuple[int, Tensor]],
     shapes: list[torch.Size],
     axis: int,
-    shape: torch.Size,
+    free: Collection[int],
 ) -> Tensor:
     """Write the labels of one slot beside one another; what runs along all parts is one."""
+    # constants made in forward, which are free, may follow along the other axes
     each = [[f for n, f in members if n == number] for number in range(len(shapes))]
     lines = [_united(ledger, fields, s) for fields, s in zip(each, shapes, strict=True)]
     if any(axis in varying(line) for line in lines):
         return torch.cat(lines, axis)
-    narrow = torch.broadcast_tensors(*(core(line) for line in lines))
+    told = [core(line) for n, line in enumerate(lines) if each[n] or n not in free]
+    narrow = torch.broadcast_tensors(*told)
     for line in narrow[1:]:
         ledger.join(narrow[0], line)
+    shape = list(shapes[0])
+    shape[axis] = sum(s[axis] for s in shapes)
     return spread(torch.stack(narrow).amax(0), shape)
 
 
@@ -271,6 +340,8 @@ def _repeated(ledger: Ledger, x: Tensor, heads: int) -> Tensor:
         return x
     wide = x.new_empty((x.shape[0], heads, *x.shape[2:]), device="meta")
     fields = [f.repeat_interleave(times, 1) for f in ledger.fact(x).fields]
+    if x.shape[1] == 1:
+        fields.append(ledger.copies(wide.shape, 1))
     ledger.put(wide, fields, ledger.fact(x).source)
     return wide
 

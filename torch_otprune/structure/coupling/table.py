@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch_otprune.structure.coupling import lookups, mixing, moves, rules, writes
+from torch_otprune.structure.coupling.bilinear import grouped, trilinear
 from torch_otprune.structure.coupling.contract import convolution
-from torch_otprune.structure.coupling.bilinear import trilinear
-from torch_otprune.structure.coupling.mixing import mixes
+from torch_otprune.structure.coupling.mixing import chooses, mixes, routes
 from torch_otprune.structure.coupling.rules import Rule, matrix
 
 __all__ = ["rule_of"]
@@ -25,7 +25,8 @@ _GRIDS = """max_pool avg_pool adaptive upsample reflection_pad replication_pad
     grid_sampler""".split()
 _POINTWISE = """fill_ zero_ masked_fill where lerp addcmul addcdiv clamp _prelu_kernel
     rrelu_with_noise hardswish mish softplus hardtanh logit softshrink hardshrink threshold
-    log_sigmoid_forward celu elu selu relu6 hardsigmoid gelu silu leaky_relu polar nan_to_num isnan bitwise_not complex""".split()
+    log_sigmoid_forward celu elu selu relu6 hardsigmoid gelu silu leaky_relu polar
+    nan_to_num isnan bitwise_not complex""".split()
 
 _TABLE: dict[str, Rule] = {
     **dict.fromkeys(_MOVES, rules.move),
@@ -61,20 +62,22 @@ _TABLE: dict[str, Rule] = {
     "scatter_add": lookups.scatter,
     "glu": rules.glu,
     "_trilinear": trilinear,
+    "_grouped_mm": grouped,
     "_embedding_bag": lookups.embedding,
     "_embedding_bag_forward_only": lookups.embedding,
     "im2col": rules.patches,
-    "_safe_softmax": mixes("mix", "they compete in a softmax", "dim"),
-    "_softmax": mixes("mix", "they compete in a softmax", "dim"),
-    "_log_softmax": mixes("mix", "they compete in a softmax", "dim"),
+    "_safe_softmax": routes("they compete in a softmax"),
+    "_softmax": routes("they compete in a softmax"),
+    "_log_softmax": routes("they compete in a softmax"),
     **dict.fromkeys(
         ("_fft_r2c", "_fft_c2r", "_fft_c2c"),
         mixes("mix", "they are mixed by a Fourier transform", "dim"),
     ),
     "cumsum": mixes("mix", "they are added up", "dim"),
-    "sort": mixes("mix", "they are sorted", "dim"),
-    "topk": mixes("mix", "they are sorted", "dim"),
-    "argmax": mixes("mix", "they are compared", "dim"),
+    "sort": chooses("they are sorted"),
+    "topk": chooses("the largest of them are chosen"),
+    "argmax": chooses("they are compared"),
+    "max": chooses("they are compared"),
     "mean": mixes("norm", "a mean takes all of them together", "dim"),
     "var": mixes("norm", "a norm takes all of them together", "dim"),
     "var_mean": mixes("norm", "a norm takes all of them together", "dim"),

@@ -74,10 +74,8 @@ def _paired(
 
 
 def _joint(mate: Tensor, tensor: Tensor, new: Tensor | None, was: Tensor | None) -> Tensor | None:
-    """Write labels over others.
-
-    A channel whose numbers are written in part, as one row of a picture, is still that channel.
-    """
+    """Write labels over others."""
+    # a channel whose numbers are written in part, as one row of a picture, is still that channel
     starts = _starts(mate, tensor)
     if starts is not None and new is None and was is not None:
         narrow = {a for a, (_, _, n) in enumerate(starts) if n < mate.shape[a]}
@@ -91,15 +89,17 @@ def _starts(mate: Tensor, tensor: Tensor) -> list[tuple[int, int, int]] | None:
     """Read a view as first place, step and number of places along each axis."""
     if mate.dim() != tensor.dim() or 0 in mate.stride():
         return None
-    offset = tensor.storage_offset() - mate.storage_offset()
+    offset = int(tensor.storage_offset()) - int(mate.storage_offset())
     found: list[tuple[int, int, int]] = [(0, 1, 1)] * mate.dim()
-    for axis in sorted(range(mate.dim()), key=lambda a: (-mate.stride(a), mate.shape[a])):
-        first, offset = divmod(offset, mate.stride(axis))
-        step = tensor.stride(axis) // mate.stride(axis) if tensor.shape[axis] > 1 else 1
+    strides: tuple[int, ...] = tensor.stride()
+    steps: tuple[int, ...] = mate.stride()
+    for axis in sorted(range(mate.dim()), key=lambda a: (-steps[a], mate.shape[a])):
+        first, offset = divmod(offset, steps[axis])
+        step = strides[axis] // steps[axis] if tensor.shape[axis] > 1 else 1
         last = first + step * (tensor.shape[axis] - 1)
-        if not (0 <= first and step > 0 and last < mate.shape[axis]):
+        if not (first >= 0 and step > 0 and last < mate.shape[axis]):
             return None
-        if tensor.shape[axis] > 1 and tensor.stride(axis) % mate.stride(axis):
+        if tensor.shape[axis] > 1 and strides[axis] % steps[axis]:
             return None
         found[axis] = (first, step, tensor.shape[axis])
     return None if offset else found

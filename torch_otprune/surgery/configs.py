@@ -1,0 +1,108 @@
+"""Configurations that must say something else after a cut: copies, and who refers to them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torch_otprune.surgery.layout import is_config
+
+__all__ = ["Change", "Configs"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One attribute and what it must say.
+
+    Args:
+        owner: a module, or a configuration that is a copy of the model's.
+        name: of the attribute.
+        value: the new value.
+    """
+
+    owner: Any
+    name: str
+    value: Any
+
+    def apply_(self) -> None:
+        """Write it."""
+        setattr(self.owner, self.name, self.value)
+
+
+class Configs:
+    """Copies of the configurations that must say something else, and who refers to them.
+
+    Args:
+        modules: of the model, by path.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self.own: dict[str, Any] = {}
+        self.shared: dict[int, Any] = {}
+
+    def of(self, path: str) -> Any:
+        """Find the configuration that a module refers to.
+
+        Args:
+            path: of the module.
+
+        Returns:
+            the object; None without one.
+        """
+        found = vars(self.modules[path]).get("config")
+        return found if is_config(found) else None
+
+    def write(self, path: str, key: str, value: Any) -> None:
+        """Let one module's own copy say something else.
+
+        Args:
+            path: of the module.
+            key: the field.
+            value: what it says there.
+        """
+        self.own.setdefault(path, {})[key] = value
+
+    def write_all(self, path: str, key: str, value: Any) -> None:
+        """Let the one copy that all who share a configuration refer to say something else.
+
+        Args:
+            path: of a module that refers to it.
+            key: the field.
+            value: what it says there.
+        """
+        config = self.of(path)
+        if id(config) not in self.shared:
+            self.shared[id(config)] = (config, copy.copy(config))
+        _set(self.shared[id(config)][1], key, value)
+
+    def changes(self) -> Iterator[Change]:
+        """Say who must refer to which copy.
+
+        Yields:
+            one change per module.
+        """
+        for _, made in list(self.shared.values()):
+            for key, value in list(vars(made).items()):
+                if id(value) in self.shared:
+                    _set(made, key, self.shared[id(value)][1])
+        for path, module in self.modules.items():
+            config = self.of(path)
+            if config is None:
+                continue
+            now = self.shared.get(id(config), (config, config))[1]
+            if path in self.own:
+                now = copy.copy(now)
+                for key, value in self.own[path].items():
+                    _set(now, key, value)
+            if now is not config:
+                yield Change(module, "config", now)
+
+
+def _set(config: object, key: str, value: Any) -> None:
+    """Write a field past the checks of a class that compares fields with one another."""
+    object.__setattr__(config, key, value)
