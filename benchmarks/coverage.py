@@ -80,9 +80,9 @@ def ours_planned(case: Case) -> Row:
         return {"status": "refused", "said": "no group can be cut"}
     try:
         with otp.attach(model, otp.Policy(rules=chosen)) as attached:
-            plan = otp.observe(attached, [case.example] * 2).plan()
+            plan = otp.observe(attached, [case.example]).plan()
         far = disagreement(case.model, plan.cuts, case.example)
-        report = otp.apply_(model, plan, [case.example] * 2)
+        report = otp.apply_(model, plan, [case.example])
     except OTPruneError as error:
         return {"status": "refused", "said": str(error)}
     kept = report.plan.params.after / report.plan.params.before
@@ -250,11 +250,13 @@ def main(words: list[str] | None = None) -> None:
     names = [n for n in sorted(ENTRIES) if re.search(args.only, n)][:: args.every]
     for tool in tools:  # what is imported and set up on first use is not timed, and done once
         TOOLS[tool](case_of(ENTRIES["conv1d_causal"]))
+    about = environment(seed=0)
     for name in names:
         for tool in (t for t in tools if (name, t) not in known):
             row = {"name": name, "family": ENTRIES[name].family, "tool": tool}
+            row["commit"] = about["commit"]
             rows.append(row | measure(name, tool, args.limit))
-            write_json(args.out, {"environment": environment(seed=0), "rows": rows})
+            write_json(args.out, {"environment": about, "rows": rows})
             print(name, tool, rows[-1]["status"], rows[-1].get("seconds", ""), flush=True)
 
 

@@ -21,6 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "pictures"
 BLOCK = re.compile(r"(<!-- results: begin.*?-->\n).*?(<!-- results: end -->)", re.DOTALL)
+PICTURED = (
+    "cifar10_width",
+    "cifar10_depth",
+    "minilm_depth",
+    "scaling",
+    "depth_criteria",
+    "width_or_depth",
+)
 OURS = {
     "default": "transport/all/budget/least_squares",
     "reconstruct": "transport/all/budget/reconstruct",
@@ -92,7 +100,7 @@ def main() -> None:
     """Publish everything that is there."""
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text(), read_json(RESULTS / "cifar10_width.json")))
-    for name in ("cifar10_width", "cifar10_depth", "scaling", "depth_criteria", "width_or_depth"):
+    for name in PICTURED:
         if (RESULTS / f"{name}.png").exists():
             shutil.copyfile(RESULTS / f"{name}.png", PICTURES / f"{name}.png")
 

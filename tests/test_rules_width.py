@@ -168,3 +168,54 @@ def test_both_kinds_are_spelled_in_yaml() -> None:
     policy = otp.Policy.from_yaml(text)
     assert [rule.kind for rule in policy.rules] == ["heads", "hidden"]
     assert otp.Policy.from_yaml(policy.to_yaml()) == policy
+
+
+def test_channels_that_are_positions_of_another_layer_take_its_work_with_them() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(3, 8)
+            self.up, self.down = nn.Linear(5, 6), nn.Linear(6, 5)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            mixed = self.down(self.up(x.mT).relu()).mT  # each channel is a position here
+            return self.head(mixed).mean(1)
+
+    torch.manual_seed(0)
+    model = Mixer().double().eval()
+    batch = torch.randn(32, 5, 3, dtype=torch.float64)
+    report = otp.prune_(model, otp.Policy(rules=otp.Channels(targets="embed", keep=4)), [batch])
+    assert model.head.weight.shape == (2, 4)
+    assert report.macs.after < report.plan.macs.after
+
+
+def test_a_plan_says_whose_products_its_macs_leave_out() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l, self.head = nn.LSTM(3, 8, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.l(x)[0])
+
+    model, batch = Tagger(), torch.randn(32, 5, 3)
+    with otp.attach(model, otp.Policy(rules=otp.Channels(keep=0.5))) as attached:
+        found = otp.observe(attached, [batch]).plan()
+    said = "MACs leave out the products inside 'l'; parameters count them"
+    assert said in found.notes
+    assert said in otp.doctor(model, batch).notes
+
+
+def test_one_head_is_one_head_and_all_is_a_share() -> None:
+    assert otp.Heads(keep=1).widths(4) == (1,)
+    assert otp.Heads(keep="100%").widths(4) == (4,)
+    assert otp.Experts(keep=1).widths(4) == (1,)
+    assert otp.Channels(keep=1).widths(4) == (4,)
+
+
+def test_a_stream_that_is_the_output_says_so() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8))
+    with pytest.raises(StructureError, match="they reach the model's output"):
+        otp.prune_(model, otp.Policy(rules=otp.Hidden(keep=4)), [torch.randint(0, 9, (16, 5))])

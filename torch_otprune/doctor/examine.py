@@ -17,6 +17,7 @@ from torch_otprune.errors import StructureError
 from torch_otprune.fold.segments import Segment, segments
 from torch_otprune.plan.model import Cost, Drop
 from torch_otprune.policy import Policy
+from torch_otprune.structure.costs import uncounted
 from torch_otprune.structure.doctor import Finding, Ward, ailments, findings, wards
 from torch_otprune.structure.forward import head
 from torch_otprune.structure.graph import Block, Blocked, Graph, Site
@@ -88,7 +89,7 @@ def doctor(
     return Diagnosis(
         model=type(model).__name__,
         rules=() if policy is None else tuple(rule.kind for rule in policy.rules),
-        notes=tuple(notes(model, placed)),
+        notes=(*notes(model, placed), *uncounted(model, graph.groups)),
         params=prices.total["params"],
         macs=prices.total["macs"],
         findings=tuple(placed),

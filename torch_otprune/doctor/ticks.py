@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = ["Progress", "ticking"]
@@ -25,7 +26,11 @@ def ticking(model: nn.Module, progress: Progress) -> Iterator[None]:
     Yields:
         nothing.
     """
-    leaves = [module for module in model.modules() if not list(module.children())]
+    leaves = [
+        module
+        for module in model.modules()  # a scripted one takes no hook; the analysis refuses it
+        if not list(module.children()) and not isinstance(module, torch.jit.ScriptModule)
+    ]
     tick = _Tick(progress, _RUNS * len(leaves))
     handles = [module.register_forward_pre_hook(tick) for module in leaves]
     try:

@@ -15,6 +15,7 @@ from torch_otprune.plan.model import Cost, Cut, Drop, Plan
 from torch_otprune.plan.propose import PROPOSERS, Candidate, Case, Offer
 from torch_otprune.policy import Layers, Linearize, Policy
 from torch_otprune.statistics.observation import Observation
+from torch_otprune.structure.costs import uncounted
 from torch_otprune.structure.fingerprint import fingerprint
 from torch_otprune.structure.graph import CostModel, Dim, Graph, Term
 
@@ -80,7 +81,7 @@ def make_plan(
         refused=offer.refused,
         params=Cost(before=0, after=0),
         macs=Cost(before=0, after=0),
-        notes=(*found.notes, *_stuck(policy, candidates), *_thin(observation)),
+        notes=(*found.notes, *_told(case, candidates)),
         versions=_versions(),
     )
     after = dense | plan.keep()
@@ -98,6 +99,12 @@ def _costs(graph: Graph, offer: Offer) -> tuple[dict[str, CostModel], dict[str, 
     count = tuple(Term(b.name, 1, (Dim(0, ((b.name, 1),)),)) for b in offer.blocks)
     costs["layers"] = CostModel("layers", count)
     return costs, graph.full() | {block.name: 1 for block in offer.blocks}
+
+
+def _told(case: Case, candidates: Sequence[Candidate]) -> list[str]:
+    """Say what a reader of the plan should know beside what it decides."""
+    spoken = _stuck(case.policy, candidates)
+    return [*spoken, *uncounted(case.model, case.graph.groups), *_thin(case.observation)]
 
 
 def _thin(observation: Observation) -> list[str]:

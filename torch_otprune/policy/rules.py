@@ -25,7 +25,7 @@ from torch_otprune.policy.registry import (
 )
 from torch_otprune.policy.targets import check_pattern
 
-__all__ = ["Count", "Criterion", "Layers", "Linearize", "Repairs", "Rule", "SettingLike"]
+__all__ = ["Count", "Counted", "Criterion", "Layers", "Linearize", "Repairs", "Rule", "SettingLike"]
 
 SettingLike = str | Mapping[str, Any] | Setting
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -89,6 +89,10 @@ Repairs = Annotated[
 ]
 
 
+Counted = Annotated[Several, BeforeValidator(_units_only)]
+"""How many of several stay: a whole number counts them, 1 included."""
+
+
 class Rule(Setting):
     """What every kind of rule says: where it applies and how much it keeps there.
 
@@ -131,7 +135,7 @@ class Rule(Setting):
 class _Depth(Rule):
     """What rules about whole layers have in common: some of what they reach goes."""
 
-    keep: Annotated[Several, BeforeValidator(_units_only)] | None = Field(
+    keep: Counted | None = Field(
         default=None,
         description="how many of the targets stay: a whole number counts them, 1 included; a "
         "fraction or a percentage is a share, rounded down; null leaves it to `drop` or the budget",

@@ -11,7 +11,7 @@ from typing_extensions import Self
 from torch_otprune.policy.amount import AmountLike
 from torch_otprune.policy.base import problem
 from torch_otprune.policy.registry import RULES
-from torch_otprune.policy.rules import Count, Criterion, Repairs, Rule, SettingLike
+from torch_otprune.policy.rules import Count, Counted, Criterion, Repairs, Rule, SettingLike
 
 __all__ = ["Channels", "Experts", "Heads", "Hidden", "Units"]
 
@@ -124,6 +124,11 @@ class Heads(Units):
 
     unit = "heads"
     kind: Literal["heads"] = "heads"
+    keep: Counted | None = Field(
+        default=None,
+        description="what each target keeps: a whole number of heads, 1 included, or a share of "
+        "them; null leaves it to the budget",
+    )
 
     if TYPE_CHECKING:  # what may be written is wider than what is stored
 
@@ -195,6 +200,11 @@ class Experts(Units):
 
     unit = "experts"
     kind: Literal["experts"] = "experts"
+    keep: Counted | None = Field(
+        default=None,
+        description="what each target keeps: a whole number of experts, 1 included, or a share of "
+        "them; null leaves it to the budget",
+    )
     repair: Repairs = Field(
         default=("none",),
         validate_default=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch_otprune.structure.layers import (
     axis_of,
     bare,
     channels,
+    holder,
     is_depthwise,
     is_linear,
     kernel,
@@ -23,7 +24,7 @@ from torch_otprune.structure.layers import (
 from torch_otprune.structure.probe import Probe
 from torch_otprune.structure.routing import numbered
 
-__all__ = ["cost_models"]
+__all__ = ["cost_models", "uncounted"]
 
 
 def cost_models(model: nn.Module, groups: Sequence[Group], notes: Probe) -> dict[str, CostModel]:
@@ -51,6 +52,29 @@ def cost_models(model: nn.Module, groups: Sequence[Group], notes: Probe) -> dict
         "params": CostModel("params", tuple(params)),
         "macs": CostModel("macs", tuple(macs)),
     }
+
+
+def uncounted(model: nn.Module, groups: Iterable[Group]) -> tuple[str, ...]:
+    """Say whose products no MACs are counted of: matrices that are no layer of their own.
+
+    Args:
+        model: the dense model.
+        groups: what can be cut.
+
+    Returns:
+        one sentence, or none.
+    """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    found = {
+        holder(m.path, modules)
+        for m in (m for group in groups for m in group.members if m.side in ("in", "out"))
+        if (leaf := parameters.get(bare(m.path)[0])) is not None and leaf.dim() > 1
+    }
+    if not found:
+        return ()
+    names = sorted(found)
+    shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
+    return (f"MACs leave out the products inside {shown}; parameters count them",)
 
 
 def _gone(model: nn.Module, groups: Sequence[Group], terms: Sequence[Term]) -> list[Term]:

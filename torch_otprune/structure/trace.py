@@ -205,7 +205,8 @@ def _assemble(
         name, paths, units = _name(members), tuple(m.path for m in members), len(members[0].index)
         why = _telling(_against(component) | _halves(modules, members, shared))
         if why:
-            blocked.append(Blocked(name, paths, "; ".join(why), remedy(why)))
+            told = "; ".join(why), remedy(why), _sort(component)
+            blocked.append(Blocked(name, paths, *told))
         elif units > 1:
             # a PReLU with one slope for all carries channels but has none to cut
             sized = tuple(m for m in members if m.size)
@@ -245,6 +246,13 @@ def _unique(groups: list[Group], taken: Collection[str]) -> list[Group]:
         suffix = f"#{seen[group.name]}" if seen[group.name] > 1 else ""
         named.append(replace(group, name=group.name + suffix))
     return named
+
+
+def _sort(component: Component) -> Kind:
+    """Tell which kind of rule asks for channels that cannot go."""
+    if component.head:
+        return "heads"
+    return "hidden" if "norm" in component.kinds else "channels"
 
 
 def _kind(component: Component) -> Kind:
