@@ -19,14 +19,17 @@ __all__ = ["Channels", "Experts", "Heads", "Hidden", "Units"]
 _OF_CHANNELS = ("taylor", "bn_scale")
 
 
+Unit = Literal["channels", "heads", "hidden", "experts"]
+
+
 class Units(Rule):
     """What rules about width have in common: units of one kind, ranked, removed and repaired.
 
-    Args:
+    Attributes:
         unit: what the analysis calls the groups that the rule is about.
     """
 
-    unit: ClassVar[Literal["channels", "heads", "hidden", "experts"]]
+    unit: ClassVar[Unit]
     criterion: Criterion = Field(
         default="transport",
         validate_default=True,
@@ -92,7 +95,7 @@ class Channels(Units):
         (32,)
     """
 
-    unit = "channels"
+    unit: ClassVar[Unit] = "channels"
     kind: Literal["channels"] = "channels"
 
     if TYPE_CHECKING:  # what may be written is wider than what is stored
@@ -122,7 +125,7 @@ class Heads(Units):
         (6,)
     """
 
-    unit = "heads"
+    unit: ClassVar[Unit] = "heads"
     kind: Literal["heads"] = "heads"
     keep: Counted | None = Field(
         default=None,
@@ -160,7 +163,7 @@ class Hidden(Units):
         (48,)
     """
 
-    unit = "hidden"
+    unit: ClassVar[Unit] = "hidden"
     kind: Literal["hidden"] = "hidden"
 
     if TYPE_CHECKING:  # what may be written is wider than what is stored
@@ -198,7 +201,7 @@ class Experts(Units):
         (6,)
     """
 
-    unit = "experts"
+    unit: ClassVar[Unit] = "experts"
     kind: Literal["experts"] = "experts"
     keep: Counted | None = Field(
         default=None,

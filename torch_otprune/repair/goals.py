@@ -32,7 +32,7 @@ HALF = (torch.float16, torch.bfloat16)
 class Shown(NamedTuple):
     """What a network shows of one piece.
 
-    Args:
+    Attributes:
         inner: outputs of the tapped modules, one per call, by path.
         ends: the network's floating-point outputs.
     """
@@ -97,7 +97,7 @@ class _Keep:
 class Piece(NamedTuple):
     """A few samples of one batch.
 
-    Args:
+    Attributes:
         batch: which one.
         rows: which samples of it, each once.
     """
