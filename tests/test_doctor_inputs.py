@@ -226,3 +226,9 @@ def test_a_model_without_weights_is_answered_from_its_shapes() -> None:
     assert (found.params, found.macs) == (real.params, real.macs)
     assert found.segments == () and real.segments
     assert found.notes[0].startswith("the weights do not exist (meta device)")
+
+
+def test_a_scripted_part_is_refused_in_three_lines() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), torch.jit.script(nn.Linear(4, 2)))
+    with pytest.raises(StructureError, match="'1' is scripted"):
+        otp.doctor(model, torch.randn(2, 3))
