@@ -95,6 +95,11 @@ class _Peer:
     def __init__(self, case: Case) -> None:
         self.case, self.model = case, copy.deepcopy(case.model)
         self.names = {module: name for name, module in self.model.named_modules()}
+        self.holders = {
+            id(parameter): name
+            for name, module in self.model.named_modules()
+            for parameter in module.parameters(recurse=False)
+        }
         self.alive: dict[tuple[str, str], list[int]] = {}
         self.gone: dict[tuple[str, str], set[int]] = defaultdict(set)
 
@@ -123,7 +128,11 @@ class _Peer:
 
     def _note(self, graph: Any, dependency: Any, indices: list[int]) -> None:
         module = dependency.target.module
-        name, by = self.names.get(module), graph.get_pruner_of_module(module)
+        by = graph.get_pruner_of_module(module)
+        if isinstance(module, nn.Parameter):  # the scale of a home-made norm, say
+            name = self.holders.get(id(module))
+        else:
+            name = self.names.get(module)
         if name is None:
             return
         same = by.prune_out_channels == by.prune_in_channels
@@ -142,11 +151,22 @@ class _Peer:
             module, at = masked.get_submodule(name), sorted(channels)
             if side == "in":
                 _silence(module, at)
-            elif side == "through" and isinstance(module, TokenNorm):
-                size = module.normalized_shape[-1]
+            elif side == "through" and _is_norm(module):
+                size = _width(module)
                 keep = torch.tensor([i for i in range(size) if i not in channels])
                 module.register_forward_hook(_kept_norm(self.model.get_submodule(name), keep))
         return _outputs(masked, self.case.example)
+
+
+def _width(norm: nn.Module) -> int:
+    if isinstance(norm, TokenNorm):
+        return int(norm.normalized_shape[-1])
+    return len(next(norm.parameters()))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    own = "norm" in type(module).__name__.lower() and "batch" not in type(module).__name__.lower()
+    return isinstance(module, TokenNorm) or (own and len(list(module.parameters())) == 1)
 
 
 @torch.no_grad()
