@@ -7,14 +7,12 @@ that moves numbers can be carried out on the field itself.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from torch_otprune.structure.coupling.forest import Forest
-
-__all__ = ["along", "compact", "core", "spread", "tie", "varying"]
+__all__ = ["compact", "core", "spread", "varying"]
 
 
 def varying(field: Tensor) -> tuple[int, ...]:
@@ -51,31 +49,6 @@ def compact(field: Tensor) -> Tensor:
 def _alike(field: Tensor, first: Tensor, axis: int) -> bool:
     corner = field[tuple(slice(None) if d == axis else slice(1) for d in range(field.dim()))]
     return bool((corner == corner.flatten()[0]).all()) and bool((field == first).all())
-
-
-def along(field: Tensor, axes: Collection[int]) -> bool:
-    """Tell whether a field varies along one of these axes."""
-    return any(axis in axes for axis in varying(field))
-
-
-def tie(forest: Forest, field: Tensor, axes: Iterable[int]) -> Tensor:
-    """Join all labels that differ only along some axes.
-
-    Args:
-        forest: where they are joined.
-        field: compact labels.
-        axes: which axes.
-
-    Returns:
-        compact labels that vary along none of them: the names of the joined sets.
-    """
-    kept = core(field)
-    for axis in axes:
-        if kept.shape[axis] > 1:
-            first = kept.amax(axis, keepdim=True)  # a place that stays joins nothing
-            forest.union(kept, first.expand(kept.shape))
-            kept = first
-    return compact(forest.roots(kept).expand(field.shape))
 
 
 def spread(field: Tensor, shape: Iterable[int]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_otprune.structure.coupling.fields import core, spread, varying
 from torch_otprune.structure.coupling.ledger import Ledger
-from torch_otprune.structure.coupling.rules import Named, flat
+from torch_otprune.structure.coupling.rules import Named, flat, unknown
 
 __all__ = ["embedding", "lookup", "scatter"]
 
@@ -46,17 +46,18 @@ def lookup(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
     for field in ledger.fact(x).fields:
         said = "they are picked by a table of numbers"
         rest = ledger.without(field, axes, "mix", said)
+        if rest is not None and out.device.type == "meta":  # nobody knows which places are meant
+            unknown(ledger, op, given, out)
+            return
         if rest is not None:
-            fields.append(_picked(op, rest, given, out))
+            fields.append(_picked(op, rest, given))
     # rows of a parameter, as of an expert's weights, are still the parameter's
     taken = [x] if ledger.fact(x).source == "static" else [x, *flat(indices)]
     ledger.put(out, fields, ledger.source(taken))
 
 
-def _picked(op: Any, field: Tensor, given: Named, out: Tensor) -> Tensor:
+def _picked(op: Any, field: Tensor, given: Named) -> Tensor:
     others = {k: v for k, v in given.items() if k != "self"}
-    if out.device.type == "meta":
-        raise NotImplementedError
     picked: Tensor = op(field, **_on_cpu(others))
     return picked
 
