@@ -44,7 +44,7 @@ OUT = Path(__file__).resolve().parent / "results" / "minilm_depth.json"
 ROUNDS = 15
 TOKENS = 64
 # Least squares has 1 537 columns here: some 45 000 tokens.
-CALIBRATION, STEPS = 2048, 3000
+CALIBRATION, STEPS = 2048, 4000
 NEIGHBOURS = 10
 
 DENSE = Spec("dense")
@@ -291,6 +291,7 @@ def measure(bench: Bench, spec: Spec, *, removed: int, seed: int) -> dict[str, A
         "shown": found["cosine"],
         "texts": len(bench.wanted),
         "samples": sum(map(_texts, bench.batches["calibration", seed] + more)),
+        "steps": bench.steps if more else 0,
         "layers": total,
         "params_kept": round(count_params(small) / count_params(bench.model), 4),
         "seconds": round(took.seconds, 3),
