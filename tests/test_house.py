@@ -34,17 +34,19 @@ DOORS = {
     "matplotlib": ("report", "cli"),
     "typer": ("cli",),
     "sklearn": ("demo",),
-    "safetensors": ("store", "demo", "cli"),
+    "safetensors": ("store", "integrations", "demo", "cli"),
     "transformers": ("integrations",),
     "lightning": ("integrations",),
+    "accelerate": ("integrations",),
     "onnx": ("integrations",),
+    "onnxruntime": ("integrations",),
 }
 ANYWHERE = {"torch", "pydantic", "jaxtyping", "typing_extensions", "numpy"}
 
 # Slow or loud to import, so the function that needs it imports it.
 LAZY = {
     "geomloss", "pykeops", "scipy", "sklearn", "matplotlib", "rich",
-    "transformers", "lightning", "onnx",
+    "transformers", "accelerate", "lightning", "onnx", "onnxruntime",
 }  # fmt: skip
 
 

@@ -1,0 +1,3 @@
+"""Doors to other libraries: each file imports its own, and only when it is used."""
+
+from __future__ import annotations
