@@ -113,7 +113,9 @@ PEERS: list[Spec] = [
     *_grid("peer", ("taylor_pseudo",), ("inner",), ("local", "global"), ("none", "norm")),
 ]
 OUR_DEFAULT = Spec("ours", "transport", "all", "budget", "least_squares")
-_CRITERIA = ("transport", "obs", "magnitude", "bn_scale", "taylor", "activation", "fpgm", "random")
+_CRITERIA = (
+    "transport", "obs", "magnitude", "bn_scale", "taylor", "activation", "fpgm", "cpot", "random",
+)  # fmt: skip
 OURS: list[Spec] = [
     OUR_DEFAULT,
     Spec("ours", "transport", "all", "budget", "reconstruct"),

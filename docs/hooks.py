@@ -1,6 +1,7 @@
 """Fill the documentation from the package, so that neither can drift from the other.
 
-A page asks with a comment: `<!-- generated: fields Policy -->`.
+A page asks with a comment: `<!-- generated: fields Policy -->`. The quoted line behind it tells
+readers of the bare file where to look; the answer takes its place.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "torch_otprune"
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 DISPLAY = {"div": "block", "span": "inline"}
-REQUEST = re.compile(r"<!-- generated: (\w+) ?(\S*) -->")
+REQUEST = re.compile(r"<!-- generated: (\w+) ?(\S*) -->(?:\n> .*)?")
 
 
 class Examples(Extension):
@@ -119,7 +120,8 @@ def table(name: str) -> str:
     rows = [heads, ["---"] * len(heads)]
     for kind, cls in kinds.items():
         summary = (cls.__doc__ or "").strip().splitlines()[0]
-        told = [COLUMNS[column][1](getattr(cls, column, None)) for column in extra]
+        entry = cls()  # what it needs may depend on its settings
+        told = [COLUMNS[column][1](getattr(entry, column, None)) for column in extra]
         link = f"[`{kind}`][{cls.__module__}.{cls.__qualname__}]"
         rows.append([link, summary, *told, ", ".join(_settings(cls))])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -199,7 +201,19 @@ def results(name: str) -> str:
     return (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
 
 
+def names(_: str) -> str:
+    """Tabulate what `torch_otprune` exports: name, summary, and where its reference stands."""
+    package = importlib.import_module("torch_otprune")
+    rows = ["| name | what it is |", "|---|---|"]
+    for name in sorted(package.__all__, key=str.lower):
+        value = getattr(package, name)
+        link = f"[`otp.{name}`][{value.__module__}.{value.__qualname__}]"
+        rows.append(f"| {link} | {(value.__doc__ or '').strip().splitlines()[0]} |")
+    return "\n".join(rows)
+
+
 ANSWERS = {
+    "names": names,
     "results": results,
     "fields": fields,
     "table": table,

@@ -65,11 +65,16 @@ def permuted(e: Evidence, order: Tensor) -> Evidence:
         producers=e.producers[order],
         scales=None if e.scales is None else e.scales[order],
         taylor=None if e.taylor is None else e.taylor[order],
+        filters=tuple(
+            replace(f, weight=f.weight[order], offset=f.offset[order]) for f in e.filters
+        ),
         consumers=tuple(
             replace(
                 c,
                 weight=c.weight[:, order],
                 second=None if c.second is None else c.second[order][:, :, order],
+                mean=None if c.mean is None else c.mean[order],
+                signals=None if c.signals is None else c.signals[:, order],
             )
             for c in e.consumers
         ),
@@ -99,6 +104,9 @@ def louder(e: Evidence, factor: float) -> Evidence:
         producers=e.producers * factor,
         scales=None if e.scales is None else e.scales * factor,
         taylor=None if e.taylor is None else e.taylor * factor**2,
+        filters=tuple(
+            replace(f, weight=f.weight * factor, offset=f.offset * factor) for f in e.filters
+        ),
         consumers=tuple(
             replace(c, second=None if c.second is None else c.second * factor**2)
             for c in e.consumers

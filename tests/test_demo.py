@@ -49,7 +49,7 @@ def outputs(place: Path) -> dict[str, str]:
 
 
 def test_every_command_of_the_documentation_runs(outputs: dict[str, str]) -> None:
-    assert list(outputs) == ["demo", "doctor", "plan", "apply", "verify", "schema"]
+    assert list(outputs) == ["demo", "doctor", "plan", "apply", "verify", "export", "schema"]
 
 
 def test_the_demo_prunes_to_half_the_macs_within_one_percent(

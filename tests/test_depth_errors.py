@@ -243,7 +243,7 @@ def test_a_block_whose_weight_the_model_reads_is_refused_by_the_real_model() -> 
     only = otp.Layers(targets="layers.2", drop=1)
     said = refused(build(Peeking), only, error=StructureError)
     assert "layers.2: without it the model does not run: " in said.problem
-    assert "has no attribute 'up'" in said.problem
+    assert "it reads '.up' of 'layers.2', which is taken out" in said.problem
     assert said.fix.startswith("`ignore` it, or let the model use")
 
 

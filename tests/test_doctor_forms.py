@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import torch_otprune as otp
 from torch_otprune.doctor.text import HEADS, families, tables
 from torch_otprune.report import draw_groups
+from torch_otprune.report.words import short_names
 
 plt = pytest.importorskip("matplotlib.image")
 
@@ -151,3 +152,56 @@ def test_bars_are_drawn_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> 
     code, printed = shell()
     assert code == 0 and {"analyse", "try without"} <= set(drawn)
     assert "━" not in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("groups.svg", "this name has '.svg'."), ("groups", "this name has no ending.")],
+)
+def test_a_picture_is_a_png_and_says_so(tmp_path: Path, name: str, said: str) -> None:
+    code, printed = shell("--picture", str(tmp_path / name))
+    assert code == 1 and f"the picture is a PNG, and {said}" in printed
+    assert "name it groups.png." in printed and not list(tmp_path.iterdir())
+
+
+def test_a_tree_in_json_is_refused() -> None:
+    code, printed = shell("--tree", "--json")
+    assert code == 1 and "--tree and --json each say what is printed." in printed
+    assert "give one of them" in printed
+
+
+class Named(nn.Module):
+    """Layers whose paths differ in the middle of very long names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = ("feed_forward_projection_in", "feed_forward_projection_out")
+        stages = ("the_first_stage_of_the_encoder", "the_second_stage_of_the_encoder")
+        self.backbone_of_the_network = nn.ModuleDict(
+            {s: nn.ModuleDict({p: nn.Linear(6, 6) for p in parts}) for s in stages}
+        )
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.backbone_of_the_network.values():
+            for layer in stage.values():
+                x = layer(x).relu()
+        return self.head(x)
+
+
+def test_labels_of_long_names_stay_apart_and_inside_of_the_picture() -> None:
+    found = otp.doctor(Named(), torch.randn(2, 6))
+    paths = [path for path in dict(Named().named_modules()) if "feed" in path]
+    short = short_names(paths)
+    assert len(set(short)) == len(paths) == 4 and max(map(len, short)) <= 46
+    image = plt.imread(io.BytesIO(draw_groups(found)))
+    border = [image[:2], image[-2:], image[:, :2], image[:, -2:]]
+    assert all((edge[..., :3] == 1).all() for edge in border)  # nothing is cut off there
+
+
+def test_a_reason_too_long_for_the_picture_leaves_room_for_the_map() -> None:
+    found = otp.doctor(Named(), torch.randn(2, 6))
+    long = found.ailments[0].model_copy(update={"reason": "x" * 400, "obstacles": ()})
+    image = plt.imread(io.BytesIO(draw_groups(found.model_copy(update={"ailments": (long,)}))))
+    blue = (abs(image[..., :3] - (0x2F / 255, 0x6D / 255, 0xB5 / 255)) < 0.01).all(-1)
+    assert blue.any(0).sum() > 200  # columns with something of the groups, or of the bar

@@ -176,3 +176,55 @@ def test_a_policy_file_does_the_same_from_the_shell(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     rule = {g["group"]: g["rule"] for g in json.loads(done.stdout)["groups"]}
     assert (rule["1.up"], rule["2.up"]) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (
+            otp.Experts(keep=2),
+            "(experts, targets: auto) removes nothing: there are no experts to cut; this model has "
+            "channels, heads and a stream that norms take as one: use otp.Channels, otp.Heads or "
+            "otp.Hidden",
+        ),
+        (
+            otp.Channels(targets=["1.q"], keep=0.5),
+            "(channels, targets: 1.q) removes nothing: there are no channels among its targets; "
+            "target '1.up', '2.up', or leave targets at auto",
+        ),
+        (
+            otp.Heads(targets=["1.q"], keep=1),
+            "(heads, targets: 1.q) removes nothing: '1.q' is tied to '1.k', '1.v', which it leaves "
+            "out; target '1.k', '1.v' as well",
+        ),
+        (
+            otp.Channels(targets=["4"], keep=0.5),
+            "(channels, targets: 4) removes nothing: '4': they reach the model's output; target "
+            "'1.up', '2.up', or leave targets at auto",
+        ),
+        (
+            otp.Layers(targets=["1.q"], drop=1),
+            "(layers, targets: 1.q) removes nothing: no layer that can go is among its targets; "
+            "'1', '1.down', '1.o' and 3 more can",
+        ),
+        (
+            otp.Linearize(targets=["4"], drop=1),
+            "(linearize, targets: 4) removes nothing: the model has no activation that can become "
+            "linear",
+        ),
+    ],
+)
+def test_a_rule_that_reaches_nothing_is_named_with_what_would_match(
+    rule: object, said: str
+) -> None:
+    first = otp.Heads(keep=0.5) if rule.kind == "channels" else otp.Channels(keep=0.5)
+    policy = otp.Policy(rules=[first, rule])
+    found = otp.doctor(model(), example(), policy=policy)
+    (note,) = (n for n in found.notes if "removes nothing" in n)
+    assert note == f"Policy.rules[1] {said}"
+    assert f"note: {note}" in str(found)
+
+
+def test_rules_that_reach_something_or_keep_all_are_not_named() -> None:
+    policy = otp.Policy(rules=[otp.Channels(keep=0.5), otp.Heads(keep="100%"), otp.Layers(drop=1)])
+    assert not otp.doctor(model(), example(), policy=policy).notes

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_otprune as otp
+from torch_otprune.errors import StructureError
 from torch_otprune.structure import coupling
 from torch_otprune.structure.remedies import Obstacle, obstacles, remedy
 
@@ -184,7 +185,7 @@ def test_a_group_that_cannot_be_cut_for_a_number_in_forward_is_blocked_at_that_l
     assert said.fate == "blocked"
     assert said.reason.startswith("once they are cut the model does not run: shape '[-1, 7]' is")
     assert f"{Path(__file__).name}:{first + len(lines) - 1}" in said.reason
-    assert said.fix.startswith("let forward read sizes off its tensors")
+    assert said.fix.endswith("write -1 or x.shape[..] instead of the number 7.")
     assert [p.shape for p in model.parameters()] == [p.shape for p in Counts().parameters()]
 
 
@@ -213,3 +214,51 @@ class Noisy(Counts):
 def test_a_random_output_proves_nothing_against_the_groups() -> None:
     found = otp.doctor(Noisy(), torch.randn(5, 4))
     assert [group.group for group in found.groups] == ["up", "mid"]
+
+
+class Numbered(nn.Module):
+    """Attention that counts its heads by a number, or its width when it puts them together."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(12, 12) for _ in range(4))
+        self.head, self.line = nn.Linear(12, 2), line
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t = x.shape[:2]
+        heads = 3 if self.line == "heads" else -1
+        q, k, v = (f(x).view(b, t, heads, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        y = y.reshape(b, t, 12) if self.line == "width" else y.flatten(2)
+        return self.head(self.o(y))
+
+
+@pytest.mark.parametrize(("line", "number"), [("heads", 3), ("width", 12)])
+def test_a_number_in_a_view_is_named_with_its_line_and_what_to_write(
+    line: str, number: int
+) -> None:
+    model, x = Numbered(line).eval(), torch.randn(2, 5, 12)
+    (ailment,) = (a for a in otp.doctor(model, x).ailments if a.name == "q")
+    assert "the model does not run" in ailment.reason
+    fix = rf"write -1 or x\.shape\[\.\.\] instead of the number {number}\."
+    assert re.fullmatch(rf"at test_doctor_reasons\.py:\d+, {fix}", ailment.fix)
+    with pytest.raises(StructureError) as error:
+        otp.prune_(model, otp.Policy(rules=otp.Heads(keep=0.5)), [torch.randn(16, 5, 12)])
+    assert error.value.fix == ailment.fix
+
+
+def test_a_width_in_another_op_than_a_view_is_to_be_read_off_a_tensor() -> None:
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = nn.RNNCell(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.cell(x, x.new_zeros(len(x), 8)))
+
+    found = otp.doctor(Cell(), torch.randn(2, 3))
+    (ailment,) = (a for a in found.ailments if "cell" in a.name)
+    assert ailment.fix.endswith(
+        "or in front of it, read the width off a tensor, as x.shape[..], instead of writing the "
+        "number 8."
+    )

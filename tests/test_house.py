@@ -19,8 +19,8 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 # Data flows down; a room imports only from rooms above it.
 ROOMS = (
     "errors", "policy", "structure", "statistics", "transport", "nn", "criteria", "plan", "surgery",
-    "decide", "fold", "doctor", "repair", "training", "report", "verify", "store", "attach",
-    "pipeline", "integrations", "demo", "cli",
+    "decide", "fold", "doctor", "repair", "align", "training", "report", "verify", "store",
+    "attach", "pipeline", "integrations", "demo", "cli",
 )  # fmt: skip
 
 # A package that comes in by one door only.

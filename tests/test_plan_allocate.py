@@ -285,7 +285,8 @@ def test_an_unreachable_budget_says_the_least_and_what_blocks_it() -> None:
         allocate([choice], costs={"macs": CostModel("macs", terms)}, limits={"macs": 200})
     assert str(caught.value).splitlines() == [
         "a budget of 200 macs (22.0%) cannot be reached: the least is 429 (47.2%).",
-        "  where: Budget.macs; most of the least is stem 300 (fixed); "
+        "  where: Budget.macs; no rule reaches 34.0% of all macs; "
+        "most of the least is stem 300 (fixed); "
         "conv2 120 (at the least width of conv1: 2); a 5 (fixed)",
         "  fix:   keep at least 47.2% of macs; or lower min_keep, multiple_of or keep of the "
         "rules, or target more groups.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_otprune.errors import PolicyError
-from torch_otprune.policy import Amount
+from torch_otprune.policy import (
+    Amount,
+    Budget,
+    Calibration,
+    Channels,
+    Experts,
+    Heads,
+    Policy,
+)
 
 
 @pytest.mark.parametrize(
@@ -98,3 +107,38 @@ def test_a_suffix_multiplies(count: int) -> None:
 
 def test_an_amount_prints_as_people_write_it() -> None:
     assert [str(Amount.read(x)) for x in ("33.3%", 1, "1.2M")] == ["33.3%", "100%", "1,200,000"]
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        (np.float64(0.5), 0.5),
+        (np.float32(0.29), 0.29),
+        (np.float16(0.3), 0.3),
+        (np.int64(5), 5),
+        (np.int32(1), 1.0),
+        (np.uint8(7), 7),
+        (Fraction(1, 4), 0.25),
+    ],
+)
+def test_a_number_of_another_library_is_the_number_it_shows(written: Any, value: float) -> None:
+    amount = Amount.read(written)
+    assert amount.value == value and type(amount.value) is type(value)
+
+
+def test_counts_of_another_library_are_counts() -> None:
+    rule = Channels(keep=np.float32(0.5), min_keep=np.int64(3), multiple_of=np.int32(2))
+    assert (rule.min_keep, rule.multiple_of, rule.keep.value) == (3, 2, 0.5)
+    assert Heads(keep=np.int64(1)).keep.value == Experts(keep=np.uint8(1)).keep.value == 1
+    assert Calibration(samples=np.int64(8)).samples == 8
+    assert Budget(macs=np.float64(0.5), layers=np.int64(3)) == Budget(macs=0.5, layers=3)
+    policy = Policy(rules=rule, seed=np.int64(4))
+    assert policy.seed == 4 and Policy.from_yaml(policy.to_yaml()) == policy
+
+
+@pytest.mark.parametrize("written", [np.bool_(True), np.array([2]), True])
+def test_a_truth_value_is_no_number(written: Any) -> None:
+    with pytest.raises(PolicyError, match="is no amount"):
+        Amount.read(written)
+    with pytest.raises(PolicyError, match="it should be a whole number"):
+        Channels(min_keep=written)

@@ -224,7 +224,7 @@ REFUSED: list[tuple[Any, type[OTPruneError], str]] = [
     ),
     (
         lambda: channels(multiple_of=True), PolicyError,
-        "True is no valid multiple_of: it should be a valid integer.\n"
+        "True is no valid multiple_of: it should be a whole number.\n"
         "  where: Channels.multiple_of",
     ),
     (
@@ -293,7 +293,7 @@ REFUSED: list[tuple[Any, type[OTPruneError], str]] = [
     ),
     (
         lambda: Policy.model_validate({"rules": "channels", "sed": 1}), PolicyError,
-        "'sed' is no key of Policy.\n  where: Policy.sed; closest: seed; known keys: rules",
+        "'sed' is no key of Policy.\n  where: Policy.sed; closest: seed, schedule; known keys: ",
     ),
     (
         lambda: Policy.from_json("{"), PolicyError,

@@ -192,3 +192,34 @@ def test_aliases_that_explode_are_refused_quickly() -> None:
 
 def test_reading_yaml_leaves_pyyaml_alone() -> None:
     assert yaml.safe_load("a: no") == {"a": False}
+
+
+@pytest.mark.parametrize("value", ["3", "true", "null", "0.5"])
+def test_rules_that_are_no_rules_are_refused_plainly(value: str) -> None:
+    with pytest.raises(PolicyError) as error:
+        Policy.from_yaml(f"seed: 1\nrules: {value}\n")
+    assert error.value.problem.endswith(" is no rule and no list of rules.")
+    assert error.value.where == "YAML text, line 2, column 1: Policy.rules"
+    assert error.value.fix == (
+        "write a name such as channels, a table such as {kind: channels, keep: 50%}, or a list of "
+        "these."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("rules: {kind: channels, targets: 3}", "a list"),
+        ("rules: {kind: channels, repair: 3}", "a list"),
+        ("rules: channels\nignore: 3", "a list"),
+        ("rules: channels\ncalibration: 3", "a table of keys and values"),
+        ("rules: channels\nbudget: 3", "a table of keys and values"),
+        ("rules: channels\nseed: x", "a whole number"),
+        ("rules: {kind: channels, min_keep: 1.5}", "a whole number"),
+    ],
+)
+def test_wrong_types_are_told_in_the_words_of_yaml(text: str, wanted: str) -> None:
+    with pytest.raises(OTPruneError) as error:
+        Policy.from_yaml(text)
+    assert error.value.problem.endswith(f"it should be {wanted}.")
+    assert error.value.fix == f"make it {wanted}."

@@ -103,7 +103,7 @@ def test_an_activation_in_place_feels_the_same() -> None:
         parts = [nn.Linear(4, 6), nn.Linear(6, 6), nn.ReLU(inplace=inplace), nn.Linear(6, 3)]
         model, x = nn.Sequential(*parts), torch.randn(8, 4)
         felt = sense(model, {"1": None, "3": None}, [x], draws=2, seed=0)
-        found.append([value for table, _ in felt.tables() for value in table.values()])
+        found.append([value for table in felt.tables() for value in table.values()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -239,3 +239,26 @@ def test_a_default_device_does_not_move_the_statistics(meta_by_default: None) ->
     with otp.attach(model, SEEING) as attached:
         found = otp.observe(attached, [x]).observation()
     assert found.sensitivity is not None and found.sensitivity.mean_power > 0
+
+
+class Counting(nn.Module):
+    """A forward that writes the size of its batch as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu().view(4, -1))
+
+
+def test_a_forward_that_counts_samples_by_a_number_is_told_where_and_what_to_write() -> None:
+    policy = otp.Policy(rules=otp.Channels(keep="50%"))
+    model, before = Counting(), [p.clone() for p in Counting().parameters()]
+    with pytest.raises(otp.OTPruneError) as caught:
+        otp.prune_(model, policy, [torch.randn(4, 3, 4, 4) for _ in range(3)], timing=0)
+    assert caught.value.problem.startswith("the model runs on 4 samples, but not on 2 of them: ")
+    assert "Counting at test_statistics_odd.py:" in caught.value.where
+    assert caught.value.fix.startswith("write -1 or x.shape[0] where forward")
+    assert [p.shape for p in model.parameters()] == [p.shape for p in before]
+    assert not model._forward_hooks and not model._forward_pre_hooks

@@ -29,7 +29,7 @@ def recorded(model: nn.Module, paths: tuple[str, ...], batches: list[Any]) -> di
 
 def sums(found: Sensitivity) -> list[Tensor]:
     """List all that adds up."""
-    return [value for table, _ in found.tables() for value in table.values()]
+    return [value for table in found.tables() for value in table.values()]
 
 
 def split(x: Tensor, sizes: list[int]) -> list[Tensor]:

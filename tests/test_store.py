@@ -74,7 +74,16 @@ class Bag(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 2)
-        for name in ("float64", "float16", "bfloat16", "int64", "uint8", "bool", "complex64"):
+        for name in (
+            "float64",
+            "float16",
+            "bfloat16",
+            "int64",
+            "uint8",
+            "bool",
+            "complex64",
+            "complex128",
+        ):
             self.register_buffer(f"a_{name}", torch.randn(3).to(getattr(torch, name)))
         self.register_buffer("scalar", torch.tensor(3))
         self.register_buffer("empty", torch.empty(0))
@@ -357,23 +366,6 @@ def test_a_failed_save_leaves_the_earlier_one_and_no_debris(
     assert [p.name for p in saved.parent.iterdir()] == ["net"]
 
 
-def test_a_failed_replacement_puts_the_earlier_save_back(
-    net: nn.Module, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rename = Path.rename
-
-    def fail_once(self: Path, target: Path) -> Path:
-        if target == saved and not self.name.endswith(".old"):
-            raise PermissionError(13, "Permission denied")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_once)
-    with pytest.raises(LoadError):
-        save(net, saved)
-    assert [p.name for p in saved.parent.iterdir()] == ["net"]
-    load(saved, factory=Net)
-
-
 def test_a_directory_that_cannot_be_written_is_named(
     net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,28 +450,28 @@ def test_a_plan_that_does_not_lead_to_the_model_is_refused(net: nn.Module, tmp_p
 
 
 class Extra(Net):
-    """A net with a state that is no tensor."""
+    """A net with a state that is no plain value."""
 
     def get_extra_state(self) -> object:
-        return {"any": "thing"}
+        return {"any": object()}
 
     def set_extra_state(self, state: object) -> None:
         pass
 
 
-class Double(Bag):
+class Sparse(Bag):
     """A net with a tensor that safetensors does not know."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("wide", torch.zeros(1, dtype=torch.complex128))
+        self.register_buffer("wide", torch.zeros(2, 2).to_sparse())
 
 
 @pytest.mark.parametrize(
     ("model", "example", "words"),
     [
         (Extra, IMAGES, "'_extra_state' is an extra state of type dict"),
-        (Double, torch.ones(1, 4), "'wide' is of type torch.complex128"),
+        (Sparse, torch.ones(1, 4), "'wide' is a torch.float32 tensor of layout torch.sparse_coo"),
     ],
 )
 def test_what_only_pickle_could_hold_is_refused(
@@ -544,10 +536,10 @@ def test_an_edited_plan_is_an_error(saved: Path) -> None:
 
 
 def test_an_unknown_version_is_an_error(saved: Path) -> None:
-    edit(saved, lambda content: content.update(version=2))
+    edit(saved, lambda content: content.update(version=3))
     with pytest.raises(LoadError) as error:
         load(saved, factory=Net)
-    assert "its plan.json cannot be read" in message(error)
+    assert "its plan.json cannot be read: its version is 3, not 1 or 2." in message(error)
 
 
 def test_an_unknown_criterion_in_the_plan_is_an_error(saved: Path) -> None:
@@ -592,12 +584,6 @@ def test_a_factory_that_builds_no_module_is_an_error(saved: Path, factory: Any) 
     with pytest.raises(LoadError) as error:
         load(saved, factory=factory)
     assert "that builds no module when called." in message(error)
-
-
-def test_a_factory_on_the_meta_device_is_an_error(saved: Path) -> None:
-    with pytest.raises(LoadError) as error:
-        load(saved, factory=lambda: Net().to("meta"))
-    assert "meta device" in message(error)
 
 
 # Fingerprints

@@ -235,7 +235,7 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "half meta": (
         lambda: nn.Linear(3, 3, device="meta"),
         torch.zeros(2, 3),
-        "does not run on the example",
+        "the model is on meta and the example on cpu",
     ),
     "scripted": (
         lambda: torch.jit.trace(nn.Linear(3, 3), torch.zeros(2, 3)),

@@ -42,7 +42,6 @@ FAST = (
 COUNTED = {
     "blip",
     "convbert",
-    "diffllama",
     "focalnet",
     "glpn",
     "groupvit",
@@ -142,6 +141,7 @@ FOUND = {
     "olmoe": (2, 2, 1),
     "deepseek-v3": (3, 2, 5),
     "switch": (6, 3, 0),
+    "dbrx": (0, 2, 1),
     "granite-moe": (2, 2, 1),
     "mamba": (4, 0, 1),
     "mamba2": (0, 2, 1),

@@ -341,3 +341,42 @@ CASES = {
         generates=True,
     ),
 }
+
+
+def _mixtral() -> nn.Module:
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=PAST,
+            pad_token_id=0,
+        )
+    )
+
+
+def _classifier() -> nn.Module:
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=32,
+            max_position_embeddings=PAST,
+            num_labels=3,
+        )
+    )
+
+
+# Without halves: these are only saved, loaded and trained.
+WHOLE = {
+    **CASES,
+    "mixtral": Case(_mixtral, {}, {}, {}, generates=True),
+    "bert_classifier": Case(_classifier, {}, {}, {}),
+}

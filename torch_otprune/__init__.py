@@ -7,10 +7,14 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from torch_otprune.integrations.transformers_hook import install as _install
+
 if TYPE_CHECKING:
+    from torch_otprune.align import Alignment, align
     from torch_otprune.attach import Attached, attach, observe
     from torch_otprune.doctor import Diagnosis, doctor
     from torch_otprune.errors import OTPruneError
+    from torch_otprune.integrations.export import export
     from torch_otprune.pipeline import apply_, prune_
     from torch_otprune.plan import Plan
     from torch_otprune.policy import (
@@ -23,14 +27,16 @@ if TYPE_CHECKING:
         Layers,
         Linearize,
         Policy,
+        Schedule,
         prunable,
     )
     from torch_otprune.report import Report
-    from torch_otprune.store import load, save
+    from torch_otprune.store import load, save, undo_
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alignment",
     "Attached",
     "Budget",
     "Calibration",
@@ -45,19 +51,34 @@ __all__ = [
     "Plan",
     "Policy",
     "Report",
+    "Schedule",
+    "align",
     "apply_",
     "attach",
     "doctor",
+    "export",
     "load",
     "observe",
     "prunable",
     "prune_",
     "save",
+    "undo_",
 ]
 
 # Where the names come from, on first use: `otprune --help` must not wait for torch. All at
 # once, because that also fills the tables of criteria and repairs.
-_HOMES = ("attach", "doctor", "errors", "pipeline", "plan", "policy", "report", "store")
+_HOMES = (
+    "align",
+    "attach",
+    "doctor",
+    "errors",
+    "integrations.export",
+    "pipeline",
+    "plan",
+    "policy",
+    "report",
+    "store",
+)
 
 
 class _Front(ModuleType):
@@ -70,6 +91,7 @@ class _Front(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Front
+_install()  # pruned models load with `from_pretrained` from here on; imports nothing by itself
 
 if not TYPE_CHECKING:  # a checker would believe any name if it saw this
 

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_otprune.errors import VerificationError
+from torch_otprune.errors import PlanError, VerificationError
 from torch_otprune.plan import Plan, make_plan
+from torch_otprune.plan.ties import kinds
 from torch_otprune.policy import Policy
 from torch_otprune.statistics import Observation
 from torch_otprune.structure import Graph, evaluating, flat_tensors, run
 from torch_otprune.surgery import (
+    baked,
     compact_,
     compared,
     copied,
@@ -22,7 +24,9 @@ from torch_otprune.surgery import (
     gap,
     tolerance,
     unlike_config,
+    unsaid,
 )
+from torch_otprune.surgery.carried import Hosted
 
 __all__ = ["decide"]
 
@@ -46,13 +50,20 @@ def decide(
         a plan whose cuts all passed.
 
     Raises:
+        PlanError: if the policy asks for a uniform model and the configuration cannot say it.
         VerificationError: if cuts pass one by one and fail together, or the output is random.
     """
     banned: dict[str, str] = {}
     while True:
         plan = make_plan(model, policy, graph, observation, banned=banned)
         if disagreement(model, plan.cuts, example, drops=plan.drops) <= tolerance(model):
-            return _compacted(model, plan, example)
+            plan, small = _compacted(model, plan, example)
+            unsayable = _unsayable(model, small, graph, plan)
+            if not unsayable:
+                notes = (*plan.notes, *baked(model, plan.cuts))
+                return plan.model_copy(update={"notes": notes})
+            banned |= unsayable
+            continue
         _check_steady(model, example)
         failed = _failures(model, plan, example)
         if not failed:
@@ -82,14 +93,47 @@ def _failures(model: nn.Module, plan: Plan, example: Any) -> dict[str, str]:
     return {name: said for name, (far, said) in off.items() if far > tolerance(model)}
 
 
-def _compacted(model: nn.Module, plan: Plan, example: Any) -> Plan:
+def _compacted(model: nn.Module, plan: Plan, example: Any) -> tuple[Plan, nn.Module]:
     """Find out, on a copy, which removed blocks can leave their lists without a trace."""
-    if not plan.drops:
-        return plan
-    small = copied(model)
-    cut_(small, plan.cuts)
-    exchange_(small, plan.drops)
-    compacted = compact_(small, example)
-    told = [f"{line}: save it with otp.save" for line in unlike_config(small)[:3]]
-    notes = (*plan.notes, *told)
-    return plan.model_copy(update={"compacted": compacted, "notes": notes})
+    small = model
+    if plan.drops or plan.policy.serving == "uniform":
+        small = copied(model)
+        cut_(small, plan.cuts)
+        exchange_(small, plan.drops)
+    if plan.drops:
+        compacted = compact_(small, example)
+        told = [f"{line}: save it with otp.save" for line in unlike_config(small)[:3]]
+        if plan.policy.serving != "plain" and isinstance(model, Hosted):
+            told = []  # the configuration will carry the plan, or the plan will not do
+        notes = (*plan.notes, *told)
+        plan = plan.model_copy(update={"compacted": compacted, "notes": notes})
+    return plan, small
+
+
+def _unsayable(model: nn.Module, small: nn.Module, graph: Graph, plan: Plan) -> dict[str, str]:
+    """List groups whose width no field of the configuration can say, where one must.
+
+    Returns:
+        group to reason.
+
+    Raises:
+        PlanError: if it is not the width of single kinds of layers.
+    """
+    if plan.policy.serving != "uniform" or not (left := unsaid(small, plan.cuts)):
+        return {}
+    kind = kinds(model, graph.groups)
+    found: dict[str, str] = {}
+    for first in {kind[cut.group]: None for cut in plan.cuts}:
+        alike = [cut for cut in plan.cuts if kind[cut.group] == first]
+        alone = copied(model)
+        cut_(alone, alike)
+        if said := unsaid(alone, alike):
+            reason = f"the configuration cannot say that {len(alike[0].keep)} of them are left"
+            found |= {cut.group: f"{reason}: {said[0].rstrip('.')}" for cut in alike}
+    if not found:
+        raise PlanError(
+            f"the configuration cannot say what would be left of the model: {left[0]}",
+            where="Policy.serving = 'uniform'",
+            fix="remove whole layers without a stand-in, or ask for serving='registered'.",
+        )
+    return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import nn
 from torch_otprune.attach import (
     EXAMPLE,
     attach,
+    carries_out,
     check_unattached,
     looks_at_channels,
     observe,
 )
+from torch_otprune.errors import OTPruneError, VerificationError
 from torch_otprune.fold import changes, linearize_, lines_of, refold_, refolded
 from torch_otprune.plan import Plan
 from torch_otprune.policy import Layers, Policy
@@ -27,20 +30,24 @@ from torch_otprune.report import Report
 from torch_otprune.statistics import collect, rebatched
 from torch_otprune.statistics.reduce import share
 from torch_otprune.statistics.sites import watch_sites
-from torch_otprune.store import WayBack
-from torch_otprune.structure import Graph, head, trace
-from torch_otprune.structure.fingerprint import layout
+from torch_otprune.store import Rebinding, WayBack
+from torch_otprune.structure import Graph, head, trace_head
+from torch_otprune.structure.trace import check_counts
 from torch_otprune.surgery import (
+    Lineage,
     Snapshot,
     check_plan,
     check_slices,
     copied,
     cut_,
     exchange_,
+    inscribe_,
+    stumbled,
     take_out_,
 )
 from torch_otprune.verify import Progress, Stopwatch, measure_layers, quiet, verify
 
+_NAMED = 3  # groups and blocks named in one error
 _GUARD = 4  # batches on which a repair must not do harm
 
 __all__ = ["apply_", "prune_", "repair_"]
@@ -74,10 +81,27 @@ def prune_(
     with attach(model, policy) as attached:
         with attached.unwatched():  # where data is a function, its runs are listened to
             batches = collect(model, data, share(attached.policy.calibration.samples))
-        observe(attached, batches)
-        progress("plan", 0, 1)
-        plan = attached.plan()
-    return apply_(model, plan, batches, timing=timing, progress=progress)
+        with _counted(model, batches, attached.unwatched):
+            observe(attached, batches)
+            progress("plan", 0, 1)
+            plan = attached.plan()
+    with _counted(model, batches):
+        return apply_(model, plan, batches, timing=timing, progress=progress)
+
+
+@contextmanager
+def _counted(
+    model: nn.Module,
+    batches: Sequence[Any],
+    quiet: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[None]:
+    """Where something fails since forward counts samples by a number, say that."""
+    try:
+        yield
+    except OTPruneError:
+        with quiet():
+            check_counts(model, batches[0], EXAMPLE)
+        raise
 
 
 def apply_(
@@ -103,39 +127,76 @@ def apply_(
     Raises:
         OTPruneError: with the model as it was.
     """
+    return _apply_(model, plan, data, timing=timing, progress=progress)[0]
+
+
+@carries_out
+def _apply_(
+    model: nn.Module, plan: Plan, data: Data, *, timing: float, progress: Progress = quiet
+) -> tuple[Report, WayBack]:
+    """Do what `apply_` does, and hand out the way back, for a schedule to add to."""
     check_unattached(model)
     check_plan(model, plan)
     with torch.inference_mode(mode=False):  # its tensors could never be trained again
         batches = rebatched(collect(model, data, share(plan.policy.calibration.samples)))
         watch, snapshot, dense = Stopwatch(progress), Snapshot(model), copied(model)
+        lineage = Lineage(model)
         with watch("analyse"):
-            some = head(batches[0], EXAMPLE)
-            graph = trace(dense, some, channels=looks_at_channels(plan.policy))
+            graph, some = _traced(dense, batches[0], plan.policy)
         check_slices(graph, plan)
         try:
-            notes, raw, added = _operate(model, dense, graph, plan, batches, watch=watch)
+            notes, raw, added = _operate(lineage, dense, graph, plan, batches, watch=watch)
             with watch("verify"):
                 layers = measure_layers((dense, raw, model), graph, plan, batches)
+                lineage.pair()
                 take_out_(model, plan.compacted)  # last: paths change
+                inscribe_(model, plan, dense)
                 report = verify(
                     (dense, raw, model),
                     graph,
                     plan,
                     batches,
+                    example=some,
                     layers=layers,
                     added=added,
                     notes=notes,
                     seconds=watch.seconds,
                     timing=timing,
                 )
-        except BaseException:  # whatever happened, the model must be as it was
+            lineage.settle_()
+        except BaseException as error:  # whatever happened, the model must be as it was
+            said = stumbled(model, error)
             snapshot.restore_()
+            if said:
+                raise _unseen(said, plan) from error
             raise
-    return report.bind_undo_(WayBack(snapshot, plan, layout(dense)))
+    way = WayBack(snapshot, plan, dense)
+    return report.bind_undo_(way, Rebinding(lineage, plan)), way
+
+
+def _unseen(said: str, plan: Plan) -> VerificationError:
+    """Explain a way through the model that the example, on which the plan was tried, did not take.
+
+    Args:
+        said: what failed, and at which line.
+        plan: what was being carried out.
+
+    Returns:
+        what to raise.
+    """
+    return VerificationError(
+        f"the smaller model does not run on the calibration data: {said}.",
+        where=f"the plan for {', '.join(list(plan.keep())[:_NAMED])}, tried on {EXAMPLE} samples",
+        fix="let every way through forward do without what the plan takes, or `ignore` it.",
+    )
+
+
+def _traced(model: nn.Module, batch: Any, policy: Policy) -> tuple[Graph, Any]:
+    return trace_head(model, batch, EXAMPLE, channels=looks_at_channels(policy))
 
 
 def _operate(
-    model: nn.Module,
+    lineage: Lineage,
     dense: nn.Module,
     graph: Graph,
     plan: Plan,
@@ -144,8 +205,9 @@ def _operate(
     watch: Stopwatch,
 ) -> tuple[list[Note], nn.Module, dict[str, int]]:
     """Cut, fold and repair; return notes, a copy from before the repairs, what folds cost."""
+    model = lineage.model
     with watch("cut"):
-        cut_(model, plan.cuts)
+        lineage.follow(cut_(model, plan.cuts))
         exchange_(model, plan.drops)
     added = {"params": 0, "macs": 0}
     if plan.lines or plan.foldings:

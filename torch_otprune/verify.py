@@ -69,6 +69,7 @@ def verify(
     plan: Plan,
     batches: Sequence[Any],
     *,
+    example: Any,
     layers: tuple[LayerError, ...],
     added: Mapping[str, int],
     notes: Sequence[Note],
@@ -82,6 +83,7 @@ def verify(
         graph: the original's analysis.
         plan: what was carried out.
         batches: calibration batches.
+        example: what the graph was traced on.
         layers: what `measure_layers` found.
         added: what lines and folds add to each cost at this size, as predicted.
         notes: what the repairs did.
@@ -96,7 +98,7 @@ def verify(
     """
     dense, _, small = models
     some = _some(batches)
-    costs = _costs((dense, small), graph, plan, batch=some[0], added=added)
+    costs = _costs((dense, small), graph, plan, batch=example, added=added)
     expected, cut, mended = (_outputs(net, some) for net in models)
     off = OutputError(
         before_repair=output_error(expected, cut), after_repair=output_error(expected, mended)
@@ -168,7 +170,7 @@ def _costs(
     batch: Any,
     added: Mapping[str, int],
 ) -> dict[str, Cost]:
-    """Count both models and hold the cost model to its word, on this batch's input size."""
+    """Count both models and hold the cost model to its word, on the batch that it was made of."""
     dense, small = models
     keep = graph.full() | plan.keep()
     removed = [graph.block(drop.block) for drop in plan.drops]
@@ -180,13 +182,13 @@ def _costs(
     for name, cost in found.items():
         model = graph.costs[name].gated(removed, instead[name], widths)
         promised = model.at(keep) + added[name]
-        # where channels are positions of another layer, as in a mixer, fewer MACs are left
+        # what a router sends where depends on the numbers; an einsum over one unit is no product
         spare = name == "macs" and (bool(graph.routes) or cost.after < promised)
         if cost.after != promised and not spare:
             raise VerificationError(
                 f"{name} are {cost.after:,}; the plan predicted {promised:,}.",
                 where=f"Plan.{name}",
-                fix="report the model: its cost model misses a layer.",
+                fix="report the model: its cost model misses an op.",
             )
     return found
 

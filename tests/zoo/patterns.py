@@ -381,7 +381,7 @@ def depthwise_transposed_multiplier() -> nn.Module:
     )  # fmt: skip
 
 
-@ENTRIES(1, 5, 7, refused="they reach the model's output")
+@ENTRIES(1, 5, 7, refused="no layer writes them")
 def grouped_from_one_channel() -> nn.Module:
     return Net(
         lambda m, x: pooled(m.b(F.relu(m.a(x.expand(-1, 6, -1, -1))))),

@@ -304,6 +304,20 @@ ENTRIES: dict[str, Entry] = {
         num_experts=3,
         num_sparse_encoder_layers=1,
     ),
+    "dbrx": _own(
+        "DbrxForCausalLM",
+        d_model=24,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=PAST,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        ffn_config={
+            "ffn_hidden_size": 14,
+            "hidden_size": 24,
+            "moe_num_experts": 3,
+            "moe_top_k": 2,
+        },
+    ),
     "granite-moe": _text("GraniteMoeForCausalLM", num_local_experts=3, **_MOE),
     # state spaces
     "mamba": _own("MambaForCausalLM", hidden_size=24, num_hidden_layers=2, state_size=5),

@@ -3,5 +3,14 @@
 from torch_otprune.attach.front import attach, check_unattached, observe
 from torch_otprune.attach.handle import EXAMPLE, Attached
 from torch_otprune.attach.needs import looks_at_channels
+from torch_otprune.attach.rounds import carries_out
 
-__all__ = ["EXAMPLE", "Attached", "attach", "check_unattached", "looks_at_channels", "observe"]
+__all__ = [
+    "EXAMPLE",
+    "Attached",
+    "attach",
+    "carries_out",
+    "check_unattached",
+    "looks_at_channels",
+    "observe",
+]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from torch_otprune.attach.handle import LIVE, Attached
+from torch_otprune.attach.needs import by_shapes
 from torch_otprune.errors import PolicyError, StructureError
 from torch_otprune.plan import check_lines
 from torch_otprune.policy import Layers, Linearize, Policy, Rule, match, module_classes, policy_of
@@ -21,7 +22,9 @@ from torch_otprune.structure.trace import check
 __all__ = ["attach", "check_unattached", "observe"]
 
 
-def attach(model: nn.Module, policy: Policy | None = None, *, example: Any = None) -> Attached:
+def attach(
+    model: nn.Module, policy: Policy | None = None, *, example: Any = None, data: Any = None
+) -> Attached:
     """Put a policy on a model: forward hooks and nothing else.
 
     Use it as a context manager, or call `remove` yourself. Run data through the model in any
@@ -31,6 +34,9 @@ def attach(model: nn.Module, policy: Policy | None = None, *, example: Any = Non
         model: the dense model.
         policy: the declaration; by default the one that `@prunable` put on the class.
         example: one batch to analyse the model on; by default the first that comes by.
+        data: what the rounds of a schedule decide and repair on: batches, or a function that runs
+            the model. By default the inputs that it was trained on last, of which up to
+            `calibration.samples` are then kept in memory.
 
     Returns:
         the handle.
@@ -41,15 +47,27 @@ def attach(model: nn.Module, policy: Policy | None = None, *, example: Any = Non
             has a policy attached already.
         TargetError: if a target matches nothing.
     """
-    check(model)
+    check(model, weights=False)
+    _check_whole(model)
     found = _policy(model, policy)
+    check(model, weights=not by_shapes(found))
     check_unattached(model)
     classes = module_classes(model)
     for index, rule in enumerate(found.rules):
         match(rule.targets, rule.ignore, classes, where=f"Policy.rules[{index}]")
     check_lines(found)
     _check_example(found, example)
-    return Attached(model, found, example)
+    return Attached(model, found, example, data=data)
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Refuse a wrapper that knows its parameters by what they were when it was made."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise StructureError(
+            f"the model is wrapped in {type(model).__name__}, which would not follow a pruning.",
+            where="attach",
+            fix="attach to model.module, and wrap the model anew after every pruning.",
+        )
 
 
 def _check_example(policy: Policy, example: Any) -> None:
@@ -120,7 +138,7 @@ def observe(attached: Attached, data: Iterable[Any] | Callable[[nn.Module], Any]
     model = attached.model
     with attached.unwatched():  # a callable runs the model to show its batches
         batches = collect(model, data, share(attached.policy.calibration.samples))
-    with outside_inference(), evaluating(model), torch.no_grad():
+    with outside_inference(), evaluating(model), torch.no_grad(), attached.listening():
         for index, batch in enumerate(batches):
             run_checked(model, batch, index)
     return attached

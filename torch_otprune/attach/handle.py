@@ -3,50 +3,46 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from torch_otprune.attach.ahead import ahead
-from torch_otprune.attach.needs import looks_at_channels, needs_of
-from torch_otprune.attach.pressures import pressures
+from torch_otprune.attach.course import Course
+from torch_otprune.attach.evidence import chains, fineness, lines, mixtures, streams
+from torch_otprune.attach.hooks import Leave, Watch
+from torch_otprune.attach.needs import looks_at_channels, needs_of, reached
 from torch_otprune.decide import decide
-from torch_otprune.errors import CalibrationError, PolicyError
+from torch_otprune.errors import CalibrationError
 from torch_otprune.fold import linearized
-from torch_otprune.plan import Plan, owned_blocks, owned_sites
-from torch_otprune.policy import Layers, Policy, Units, module_classes
-from torch_otprune.policy.targets import selects
+from torch_otprune.plan import Plan
+from torch_otprune.policy import Layers, Policy
+from torch_otprune.report import Report
 from torch_otprune.statistics import (
-    ChainEvidence,
+    Moments,
     Observation,
     Recorder,
     Reservoir,
-    SiteEvidence,
     blame,
     check_batch,
     check_memory,
     conclude,
     consumers,
     finite,
-    listen,
+    hear,
     quote,
-    streams_quote,
 )
 from torch_otprune.statistics.experts import watch_experts
-from torch_otprune.statistics.observation import DRAWS
+from torch_otprune.statistics.loose import loose, others, watch_products
 from torch_otprune.statistics.reduce import ranks, ranks_where, share
-from torch_otprune.statistics.sites import watch_sites
-from torch_otprune.structure import Call, Graph, batch_size, head, map_tensors, trace
+from torch_otprune.structure import Call, Graph, batch_size, head, trace_head
 from torch_otprune.structure.forward import outside_inference
-from torch_otprune.structure.graph import Group
-from torch_otprune.structure.layers import holder
 from torch_otprune.structure.routing import around
-from torch_otprune.training import Pressure
+from torch_otprune.surgery.rebind import Optimizes
+from torch_otprune.training.distill import Match
 
 __all__ = ["EXAMPLE", "LIVE", "Attached"]
 
@@ -60,10 +56,19 @@ class Attached:
         model: the dense model.
         policy: the declaration.
         example: one batch to analyse the model on; None waits for the first.
+        data: what the rounds of a schedule decide on; None takes what the model trained on last.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, example: Any) -> None:
-        self.model, self.policy = model, policy
+    def __init__(self, model: nn.Module, policy: Policy, example: Any, *, data: Any = None) -> None:
+        self.model, self.policy, self._given = model, policy, example
+        self._needs = needs_of(policy)
+        self._course = Course(model, policy, data)
+        self._open = policy.schedule is None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Put the hooks on, and forget what was seen of the model as it was before."""
+        model, policy = self.model, self.policy
         self.graph: Graph | None = None
         self.samples = 0
         self._recorder = Recorder(model, (), samples=1, rows_per_column=1, seed=0)
@@ -74,15 +79,13 @@ class Attached:
         self._batch: Any = None
         self._batches = 0
         self._paths: tuple[str, ...] = ()
-        self._needs = needs_of(policy)
-        self._pressures: tuple[Pressure, ...] = ()
-        if example is not None:
-            self._analyse(example)
-            self._pressures = pressures(model, policy, self._known())
-        self._watch = _Watch(self)
+        if self._given is not None and not self._course.over:
+            self._analyse(self._given)
+        self._course.press(self.graph)
+        self._watch = Watch(self)
         self._handles = [
             model.register_forward_pre_hook(self._watch, with_kwargs=True),
-            model.register_forward_hook(_Leave(self._watch)),
+            model.register_forward_hook(Leave(self._watch)),
         ]
         LIVE.add(self)
 
@@ -99,8 +102,26 @@ class Attached:
 
     @property
     def trains(self) -> bool:
-        """Tell whether penalties are at work while the model trains."""
-        return bool(self._pressures)
+        """Tell whether penalties or rounds are at work while the model trains."""
+        return self._course.trains
+
+    @property
+    def listens(self) -> bool:
+        """Tell whether passes that do not train are calibration."""
+        return self._open
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take what is run for calibration, also where a schedule takes its own.
+
+        Yields:
+            nothing.
+        """
+        before, self._open = self._open, True
+        try:
+            yield
+        finally:
+            self._open = before
 
     @property
     def bytes(self) -> int:
@@ -108,6 +129,7 @@ class Attached:
         if self.graph is None:
             return 0
         moments = quote(self.model, self._paths) if "moments" in self._needs else 0
+        moments += sum(map(Moments.bytes, self._recorder.others.values()))
         return moments + sum(self._streams(self.graph).values())
 
     @contextmanager
@@ -126,8 +148,11 @@ class Attached:
 
     def remove(self) -> None:
         """Take every hook off. What was seen stays available to `plan`."""
-        for pressure in self._pressures:
-            pressure.remove()
+        self._lift()
+        self._course.remove()
+
+    def _lift(self) -> None:
+        self._course.lift()
         for handle in self._handles:
             handle.remove()
         self._recorder.remove()
@@ -138,23 +163,94 @@ class Attached:
         """Say what the rules' penalties add to the loss of the last forward pass.
 
         Returns:
-            a scalar that gradients flow through.
+            a scalar that gradients flow through; 0 behind the last round of a schedule.
 
         Raises:
             PolicyError: if no rule has a penalty.
         """
-        if not self._pressures:
-            raise PolicyError(
-                "no rule has a penalty.",
-                where=f"attach({type(self.model).__name__})",
-                fix="write Layers(penalty='max_sliced') or Linearize(penalty='linearity').",
-            )
-        return torch.stack([pressure.penalty() for pressure in self._pressures]).sum()
+        return self._course.penalty()
 
-    def step(self) -> None:
-        """Tell the penalties that the optimiser took a step: weights ramp, directions move."""
-        for pressure in self._pressures:
-            pressure.step()
+    def distill(
+        self, weight: float = 1.0, *, temperature: float = 2.0, match: Match = "auto"
+    ) -> Tensor:
+        """Say what learning from the dense network adds to the loss of the last forward pass.
+
+        The dense network is the model just before the first round, kept if this was called before.
+
+        Args:
+            weight: factor of the term.
+            temperature: above 0; divides logits before the softmax.
+            match: `logits`, `values`, or `auto`: logits are a mapping's `logits`, or the only
+                tensor if it is samples x classes.
+
+        Returns:
+            a scalar that gradients flow through; exactly 0 before the first round.
+
+        Raises:
+            CalibrationError: if no dense network was kept, or the model was not run.
+        """
+        return self._course.distill(weight, temperature=temperature, match=match)
+
+    def step(
+        self, *optimizers: Optimizes, ema: nn.Module | Iterable[nn.Module] = ()
+    ) -> Report | None:
+        """Tell the handle that the optimiser took a step, once per step.
+
+        Penalties move on. Where a round is due, the model is pruned in place, on what it was
+        trained on last or on `data`, and the optimisers follow.
+
+        Args:
+            *optimizers: those that train the model; none leaves `report.rebind_` to you.
+            ema: averaged copies that follow as well.
+
+        Returns:
+            the report of a round, nothing otherwise.
+
+        Raises:
+            OTPruneError: if the round fails: all is as it was, and the next call tries again.
+        """
+        number = self._course.tick()
+        return self._round(number, optimizers, ema) if number else None
+
+    def _round(self, number: int, optimizers: Sequence[Optimizes], ema: Any) -> Report | None:
+        self._lift()
+        try:
+            report = self._course.prune_(number)
+            if report is not None and (optimizers or ema):
+                self._course.rebind_(report, optimizers, ema)
+        except BaseException:  # the round stays due
+            self._course.back()
+            raise
+        finally:
+            self._begin()
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Write everything that training needs to go on, beside model and optimiser.
+
+        Returns:
+            plain values and tensors, which `torch.load(weights_only=True)` reads.
+        """
+        return self._course.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state_dict` was called; before the optimiser is made.
+
+        A dense model gets the shapes that it had then. Load its weights, and the optimiser's
+        state, afterwards.
+
+        Args:
+            state: what it returned, under the same policy.
+
+        Raises:
+            LoadError: if it is of another policy or model.
+        """
+        self._lift()
+        try:
+            self._course.load_state_dict(state)
+        finally:
+            self._begin()
+        self._course.resume(state)
 
     def plan(self) -> Plan:
         """Decide what to remove, and check the decision on the real model. Nothing is removed.
@@ -180,57 +276,32 @@ class Attached:
         Raises:
             CalibrationError: if the model was not run.
         """
-        self._known()
+        model, policy, graph = self.model, self.policy, self._known()
         blind = "moments" in self._needs and bool(self._paths) and not self._recorder.moments
         if len(ranks_where(blind)) == ranks():
             raise self._not_run("run calibration batches through the model before plan().")
         with self.unwatched():  # the probes of the sensitivity are no new data
-            return conclude(
-                self.model,
+            probes = self._probes.batches()
+            written = [around(group) for group in mixtures(model, policy, graph)]
+            found = conclude(
+                model,
                 self._recorder,
-                self._probes.batches(),
-                (*self._paths, *self._blocks()),
-                chains=self._chains(),
-                sites=self._lines(),
+                probes,
+                (*self._paths, *written),
+                chains=chains(model, policy, graph, self._probes, sites="sites" in self._needs),
+                sites=lines(model, policy, graph, probes),
                 samples=self.samples,
                 feel="sensitivity" in self._needs,
-                seed=self.policy.seed,
+                seed=policy.seed,
+                loose=loose(model, graph, reached(model, policy, graph)),
             )
-
-    def _blocks(self) -> list[str]:
-        """List the modules whose output the mixtures that a rule reaches write."""
-        return [] if ranks() > 1 else [around(g) for g in self._mixtures(self._known())]
-
-    def _chains(self) -> dict[str, ChainEvidence]:
-        """Look at what flows between the blocks that a rule may remove."""
-        graph, probes, found = self._known(), self._probes.numbered(), dict[str, ChainEvidence]()
-        model, seed, sites = self.model, self.policy.seed, "sites" in self._needs
-        for index, blocks in owned_blocks(model, self.policy, graph).items():
-            heard = listen(model, graph, blocks, probes=probes, draws=DRAWS, seed=seed, sites=sites)
-            every = self._probes.everywhere()  # one copy for all chains
-            found |= {name: self._ahead(chain, index, every) for name, chain in heard.items()}
-        return found
-
-    def _ahead(self, chain: ChainEvidence, index: int, probes: Sequence[Any]) -> ChainEvidence:
-        """Add the means to try what the rule's repair leaves."""
-        rule, graph = self.policy.rules[index], self._known()
-        assert isinstance(rule, Layers)
-        blocks, seed = [graph.block(name) for name in chain.blocks], self.policy.seed
-        mended = ahead(self.model, graph, blocks, rule, batches=probes, seed=seed)
-        return replace(chain, mended=mended)
+            if "signals" not in self._needs:
+                return found
+            heard = hear(model, self._paths, self._probes.everywhere(), seed=policy.seed)
+            return replace(found, signals=heard)
 
     def _streams(self, graph: Graph) -> dict[str, int]:
-        """Quote what the rows of every run of removable blocks will take, in bytes."""
-        found: dict[str, int] = {}
-        for blocks in owned_blocks(self.model, self.policy, graph).values():
-            found |= streams_quote(self.model, graph, blocks, samples=self._probes.size)
-        return found
-
-    def _lines(self) -> dict[str, SiteEvidence]:
-        """Look at what goes through the activations that a rule may make linear."""
-        owned = owned_sites(self.model, self.policy, self._known())
-        sites = [site for found in owned.values() for site in found if not site.reason]
-        return watch_sites(self.model, sites, self._probes.batches()) if sites else {}
+        return streams(self.model, self.policy, graph, self._probes.size)
 
     def _known(self) -> Graph:
         missing = ranks_where(self.graph is None)  # all ranks fail, or those that wait hang
@@ -249,16 +320,18 @@ class Attached:
         )
 
     def _analyse(self, batch: Any) -> None:
-        with outside_inference():
-            example = map_tensors(head(batch, EXAMPLE), lambda t: t.detach().clone())
-        graph = trace(self.model, example, channels=looks_at_channels(self.policy))
-        paths = self._readers(graph)
-        moments = paths if "moments" in self._needs else ()
-        limit = self.policy.calibration.memory
-        check_memory(self.model, moments, limit, streams=self._streams(graph))
-        if "moments" in self._needs:
+        channels = looks_at_channels(self.policy)
+        graph, example = trace_head(self.model, batch, EXAMPLE, channels=channels)
+        paths = consumers(graph, reached(self.model, self.policy, graph))
+        told, limit = "moments" in self._needs, self.policy.calibration.memory
+        moments = paths if told else ()
+        counts = fineness(self.model, self.policy, graph, example) if told else {}
+        more = others(self.model, counts)
+        check_memory(self.model, moments, limit, streams=self._streams(graph), others=more)
+        if told:
             self._recorder = self._recording(paths)
-            watch_experts(self.model, self._mixtures(graph), self._recorder)
+            watch_products(self.model, counts, self._recorder)
+            watch_experts(self.model, mixtures(self.model, self.policy, graph), self._recorder)
         # last: after a refusal nothing is known
         self._example, self._paths, self.graph = example, paths, graph
 
@@ -273,36 +346,19 @@ class Attached:
             explain=self._explain,
         )
 
-    def _mixtures(self, graph: Graph) -> list[Group]:
-        """List the mixtures whose experts some rule reaches."""
-        names = self._reached(graph)
-        return [g for g in graph.groups if g.kind == "experts" and g.name in names]
-
     def _explain(self, seen: str) -> CalibrationError:
         """Run the batch that is under way once more, to find where it went wrong."""
         with self.unwatched(), outside_inference():
             return blame(self.model, self._batch, seen)
 
-    def _readers(self, graph: Graph) -> tuple[str, ...]:
-        """List the consumers of the groups that some rule reaches."""
-        return consumers(graph, self._reached(graph))
+    def train(self, batch: Call) -> None:
+        """Take notice of a batch that the model trains on: it is no calibration.
 
-    def _reached(self, graph: Graph) -> list[str]:
-        """List the groups that some rule reaches."""
-        classes = module_classes(self.model)
-        rules = [rule for rule in self.policy.rules if isinstance(rule, Units)]
-        ignore = self.policy.ignore
-        return [
-            group.name
-            for group in graph.groups
-            for path in (holder(path, classes) for path in group.owners)
-            if not selects(ignore, path, classes)
-            and any(
-                selects(r.targets, path, classes) and not selects(r.ignore, path, classes)
-                for r in rules
-                if r.unit == group.kind
-            )
-        ]
+        Args:
+            batch: the model's arguments.
+        """
+        self._recorder.active = False
+        self._course.look(batch)
 
     def see(self, batch: Call) -> None:
         """Take notice of a batch that is about to run.
@@ -316,13 +372,14 @@ class Attached:
             check_batch(batch, self._batches)
         if self.graph is None:
             self._analyse(batch)
+            self._recorder.begin()
         self._recorder.look(size, wanted)
         self._batches += 1
         if wanted <= 0:
             return
         self._batch = batch
         self.samples += wanted
-        if self._needs & {"sensitivity", "chains", "lines"}:
+        if self._needs & {"sensitivity", "chains", "lines", "signals"}:
             self._probes.add(head(batch, wanted))
 
     def leave(self, output: Any) -> None:
@@ -337,40 +394,6 @@ class Attached:
         if self._batch is not None and not finite(output):
             raise self._explain("the model's output")
         self._batch = None
-
-
-class _Watch:
-    """The one hook on the root: it sees every batch before the model does."""
-
-    def __init__(self, attached: Attached | None) -> None:
-        self.attached = attached
-        self.busy = False
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.attached is None or self.busy:  # the analysis runs the model itself
-            return
-        if self.attached.trains and module.training and torch.is_grad_enabled():
-            return  # weights that are still moving are no calibration
-        self.busy = True
-        try:
-            self.attached.see(Call(args, kwargs))
-        finally:
-            self.busy = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle without the handle: a copy of the model is not attached."""
-        return _Watch, (None,)
-
-
-class _Leave:
-    """The hook on the root that sees what comes out."""
-
-    def __init__(self, watch: _Watch) -> None:
-        self.watch = watch
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
-        if self.watch.attached is not None and not self.watch.busy:
-            self.watch.attached.leave(out)
 
 
 LIVE: weakref.WeakSet[Attached] = weakref.WeakSet()  # all that is attached at the moment

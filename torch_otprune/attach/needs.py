@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from torch_otprune.criteria.base import Criterion
 from torch_otprune.criteria.layers.base import LayerCriterion
-from torch_otprune.policy import Layers, Linearize, Policy, Units
+from torch_otprune.policy import Layers, Linearize, Policy, Units, module_classes
+from torch_otprune.policy.targets import selects
 from torch_otprune.repair.base import Repair
+from torch_otprune.structure import Graph
+from torch_otprune.structure.layers import holder
 
-__all__ = ["looks_at_channels", "needs_of"]
+__all__ = ["by_shapes", "looks_at_channels", "needs_of"]
+
+
+def by_shapes(policy: Policy) -> bool:
+    """Tell whether a plan for a policy needs neither weights nor data, so that shapes will do."""
+    chance = (isinstance(r, Units) and r.criterion.kind == "random" for r in policy.rules)
+    return not needs_of(policy) and all(chance)
 
 
 def looks_at_channels(policy: Policy) -> bool:
@@ -32,3 +43,29 @@ def needs_of(policy: Policy) -> frozenset[str]:
     ):
         needs |= {"moments", "sensitivity"}
     return frozenset(needs)
+
+
+def reached(model: nn.Module, policy: Policy, graph: Graph) -> list[str]:
+    """List the groups that some rule reaches.
+
+    Args:
+        model: the dense model.
+        policy: the declaration.
+        graph: the model's analysis.
+
+    Returns:
+        names of groups.
+    """
+    classes = module_classes(model)
+    rules = [rule for rule in policy.rules if isinstance(rule, Units)]
+    return [
+        group.name
+        for group in graph.groups
+        for path in (holder(path, classes) for path in group.owners)
+        if not selects(policy.ignore, path, classes)
+        and any(
+            selects(r.targets, path, classes) and not selects(r.ignore, path, classes)
+            for r in rules
+            if r.unit == group.kind
+        )
+    ]

@@ -155,6 +155,36 @@ def verify(
 
 
 @app.command()
+def export(  # noqa: PLR0917 (the shell names them)
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What `apply` or otp.save wrote.")
+    ],
+    factory: Annotated[
+        str, typer.Option("--factory", "-f", help="Builds the dense model: package.module:factory.")
+    ],
+    data: Data,
+    to: Annotated[str, typer.Option("--to", help="Format: onnx or torch_export.")] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file; by default beside the model.")
+    ] = None,
+    fixed: Annotated[
+        bool,
+        typer.Option("--fixed-batch", help="Take as many samples as the first batch, no others."),
+    ] = False,
+    sequence: Annotated[
+        bool, typer.Option("--dynamic-sequence", help="Take texts of any length.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Write a saved model as ONNX or for torch.export, and compare the file with the model."""
+    with screen(json=json) as show:
+        from torch_otprune.cli.deliver import deliver
+
+        options = {"dynamic_batch": not fixed, "dynamic_sequence": sequence}
+        deliver(show, directory, factory, data=data, to=to, out=out, options=options)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a policy file, for editors."""
     with screen(json=True) as show:

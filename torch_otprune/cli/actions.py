@@ -21,6 +21,7 @@ from torch_otprune.plan import Plan
 from torch_otprune.policy import Policy, policy_of
 from torch_otprune.report import agreement, count_macs, count_params
 from torch_otprune.report.table import depth_sections, plan_costs
+from torch_otprune.report.words import error
 from torch_otprune.statistics import collect
 from torch_otprune.store import load, plan_of, save
 from torch_otprune.store.files import PLAN
@@ -85,7 +86,7 @@ def _decide(net: nn.Module, policy: Policy | None, data: Any, bars: Bars) -> tup
 def _show_plan(show: Screen, plan: Plan) -> None:
     if plan.cuts:
         rows = [
-            (c.group, str(c.units), str(len(c.keep)), f"{c.error:.3f}", c.reason) for c in plan.cuts
+            (c.group, str(c.units), str(len(c.keep)), error(c.error), c.reason) for c in plan.cuts
         ]
         show.table(("group", "units", "keep", "error", "reason"), rows, numbers=(1, 2, 3))
     for section in depth_sections(plan):

@@ -9,7 +9,7 @@ from torch_otprune.cli.files import check_file, write
 from torch_otprune.cli.screen import Screen
 from torch_otprune.doctor import Diagnosis, doctor
 from torch_otprune.doctor.text import HEADS, tables
-from torch_otprune.errors import StructureError
+from torch_otprune.errors import OTPruneError, StructureError
 from torch_otprune.policy import Policy
 from torch_otprune.report import draw_groups
 from torch_otprune.statistics import collect
@@ -41,11 +41,18 @@ def diagnose(
         picture: PNG file for a picture of the groups.
 
     Raises:
+        OTPruneError: if the picture cannot be written, or two options contradict each other.
         StructureError: after printing, if nothing could go.
     """
     declared = None if policy is None else Policy.from_yaml(policy)
     if picture is not None:
-        check_file(picture, option="--picture", what="picture.png")
+        _check_picture(picture)
+    if tree and show.json:
+        raise OTPruneError(
+            "--tree and --json each say what is printed.",
+            where="otprune doctor",
+            fix="give one of them; the JSON names every parameter, as the tree does.",
+        )
     net = names.model(model)
     batch = collect(net, names.data(example, "--example"), 2)[0]
     with show.bars() as bars:
@@ -62,6 +69,18 @@ def diagnose(
             "nothing folds.",
             where=f"MODEL {model}",
             fix="change the model as the diagnosis says, or prune another one.",
+        )
+
+
+def _check_picture(picture: Path) -> None:
+    """Object to a file that could not be written, or not in the format that its name says."""
+    check_file(picture, option="--picture", what="picture.png")
+    if picture.suffix.lower() != ".png":
+        ending = f"'{picture.suffix}'" if picture.suffix else "no ending"
+        raise OTPruneError(
+            f"the picture is a PNG, and this name has {ending}.",
+            where=f"--picture {picture}",
+            fix=f"name it {picture.with_suffix('.png').name}.",
         )
 
 

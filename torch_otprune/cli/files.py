@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from torch_otprune.errors import OTPruneError
 from torch_otprune.plan import Plan
-from torch_otprune.store.files import PLAN, WEIGHTS, format_of
+from torch_otprune.store.files import PLAN, format_of, mine
 
 __all__ = ["check_directory", "check_file", "read_plan", "write"]
 
@@ -90,7 +90,7 @@ def check_directory(out: Path, *, report: str = "report") -> None:
             _refuse(path, "it is a file")
     _check_above(out)
     inside = {path.name for path in model.iterdir()} if model.exists() else set()
-    if inside and not (inside <= {PLAN, WEIGHTS} and format_of(model / PLAN) == "torch_otprune"):
+    if inside and not (all(map(mine, inside)) and format_of(model / PLAN) == "torch_otprune"):
         _refuse(model, "it holds something else than a saved model")
 
 

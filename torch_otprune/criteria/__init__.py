@@ -3,6 +3,7 @@
 from torch_otprune.criteria.activation import Activation
 from torch_otprune.criteria.base import Criterion, Need, Ranking, ScoreCriterion, register
 from torch_otprune.criteria.bn_scale import BNScale
+from torch_otprune.criteria.cpot import CPOT
 from torch_otprune.criteria.fpgm import FPGM
 from torch_otprune.criteria.magnitude import Magnitude
 from torch_otprune.criteria.obs import OBS
@@ -11,6 +12,7 @@ from torch_otprune.criteria.taylor import Taylor
 from torch_otprune.criteria.transport import Transport
 
 __all__ = [
+    "CPOT",
     "FPGM",
     "OBS",
     "Activation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -16,7 +17,7 @@ from torch_otprune.statistics.evidence import Evidence
 
 __all__ = ["Criterion", "Need", "Ranking", "ScoreCriterion", "checked", "register"]
 
-Need = Literal["moments", "sensitivity"]
+Need = Literal["moments", "sensitivity", "signals"]
 register = CRITERIA.register
 
 
@@ -27,10 +28,12 @@ class Ranking:
     Args:
         order: units, the first to keep first; the best set of size k is `order[:k]`.
         curve: `curve[k]` is the predicted cost of keeping `order[:k]`; zero when all stay.
+        note: what a reader of the plan should know about how it came about; empty as a rule.
     """
 
     order: Int[Tensor, " units"]
     curve: Float[Tensor, " sizes"]
+    note: str = ""
 
 
 class Criterion(Setting, ABC):
@@ -113,7 +116,8 @@ def checked(score: Tensor, noun: str, *, where: str) -> Tensor:
 def settle(values: Tensor) -> Tensor:
     """Round to nine digits of the largest entry: sums in another order then decide alike."""
     scale = float(values.abs().max()) if values.numel() else 0.0
-    if not scale:
+    if not scale or not math.isfinite(scale):
         return values
-    step = 10.0 ** (torch.tensor(scale, device="cpu").log10().floor().item() - 9)
+    # in double precision: what an unnormalised net costs is beyond the largest float32
+    step = 10.0 ** max(math.floor(math.log10(scale)) - 9, -307)
     return (values / step).round() * step

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
+from math import floor
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from torch_otprune.doctor.idle import idle
 from torch_otprune.doctor.model import Activation, Diagnosis, Removable
 from torch_otprune.doctor.notes import notes
 from torch_otprune.doctor.protect import Guard, guarded, guards, removed
 from torch_otprune.doctor.ticks import Progress, ticking
 from torch_otprune.doctor.trial import tried
-from torch_otprune.errors import StructureError
+from torch_otprune.doctor.unwritten import unwritten
+from torch_otprune.errors import PolicyError, StructureError
 from torch_otprune.fold.segments import Segment, segments
 from torch_otprune.plan.model import Cost, Drop
-from torch_otprune.policy import Policy
+from torch_otprune.plan.reach import floors
+from torch_otprune.policy import Policy, Rule
 from torch_otprune.structure.costs import uncounted
 from torch_otprune.structure.doctor import Finding, Ward, ailments, findings, wards
-from torch_otprune.structure.forward import head
+from torch_otprune.structure.eager import check, check_example
+from torch_otprune.structure.forward import batch_size, head
 from torch_otprune.structure.graph import Block, Blocked, Graph, Site
 from torch_otprune.structure.layers import shared
 from torch_otprune.structure.probe import probe
@@ -65,6 +72,7 @@ def doctor(
 
     Raises:
         StructureError: if the model cannot be analysed, or does not run on the example.
+        PolicyError: if the policy is something else.
         TargetError: if a target of the policy matches nothing, or two tie.
 
     Limits: groups are cut by half on a copy, those that differ in numbers alone once. Blocks are
@@ -73,23 +81,37 @@ def doctor(
         every cut, and may refuse what is listed here. What stands in for a block may cost
         something; that depends on the rule's `replace`.
     """
-    some = head(example, _EXAMPLE)
+    check(model, weights=False)
+    _check_policy(policy)
+    with unwritten(model):
+        return _diagnosed(model, example, policy, progress=progress)
+
+
+def _diagnosed(
+    model: nn.Module, example: Any, policy: Policy | None, *, progress: Progress
+) -> Diagnosis:
     with ticking(model, progress):
-        graph = _traced(model, some)
+        graph, some = _seen(model, example)
         seen = probe(model, some)
-    graph, ran = tried(model, graph, some, seen), seen.calls
+    graph, ran = tried(model, graph, some), seen.calls
     untied, tied = _untied(graph.blocks, shared(model))
     free, used = _unused(model, untied, some, progress=progress)
     placed = list(_placed(findings(model, graph, ran), free))
     prices = _Prices(graph)
-    groups = wards(graph)
+    groups, told = wards(graph), list[str]()
     if policy is not None:
         groups = _watched(groups, guards(model, policy, graph))
         placed = list(guarded(placed, groups, blocks=removed(model, policy, graph)))
+        told += idle(model, policy, graph, groups=groups, free=[block.name for block in free])
     return Diagnosis(
         model=type(model).__name__,
         rules=() if policy is None else tuple(rule.kind for rule in policy.rules),
-        notes=(*notes(model, placed), *uncounted(model, graph.groups)),
+        notes=(
+            *told,
+            *notes(model, some, placed),
+            *floors(graph.groups),
+            *uncounted(graph.costs["macs"]),
+        ),
         params=prices.total["params"],
         macs=prices.total["macs"],
         findings=tuple(placed),
@@ -102,6 +124,16 @@ def doctor(
     )
 
 
+def _check_policy(policy: object) -> None:
+    if policy is None or isinstance(policy, Policy):
+        return
+    read = "read it: otp.Policy.from_yaml(path)." if isinstance(policy, (str, Path)) else ""
+    wrap = "wrap it: otp.Policy(rules=...)." if isinstance(policy, Rule) else "pass an otp.Policy."
+    raise PolicyError(
+        f"the policy is of type {type(policy).__name__}.", where="doctor(policy=)", fix=read or wrap
+    )
+
+
 def _watched(groups: Sequence[Ward], said: Mapping[str, Guard]) -> tuple[Ward, ...]:
     """Write into every group what the policy says of it."""
     return tuple(
@@ -109,6 +141,18 @@ def _watched(groups: Sequence[Ward], said: Mapping[str, Guard]) -> tuple[Ward, .
         for ward in groups
         for by in (said[ward.group],)
     )
+
+
+def _seen(model: nn.Module, example: Any) -> tuple[Graph, Any]:
+    """Trace on a few samples; on all where that fails, so that errors name the user's shapes."""
+    check_example(model, example, on=False)
+    some = head(example, _EXAMPLE)
+    try:
+        return _traced(model, some), some
+    except StructureError:
+        if batch_size(example) <= _EXAMPLE:
+            raise
+        return _traced(model, example), example
 
 
 def _traced(model: nn.Module, example: Any) -> Graph:
@@ -209,7 +253,7 @@ class _Prices:
     def __init__(self, graph: Graph) -> None:
         full = graph.full()
         self.total = {name: cost.at(full) for name, cost in graph.costs.items()}
-        self.inside: dict[tuple[str, str], int] = {}
+        self.inside: dict[tuple[str, str], int | Fraction] = {}
         for measure, cost in graph.costs.items():
             for term in cost.terms:
                 value = term.at(full)
@@ -219,7 +263,7 @@ class _Prices:
     def without(self, block: Block, measure: str) -> Cost:
         """Compare the model with and without a block."""
         total = self.total[measure]
-        gone = sum(self.inside.get((measure, swap.path), 0) for swap in block.swaps)
+        gone = floor(sum(self.inside.get((measure, swap.path), 0) for swap in block.swaps))
         return Cost(before=total, after=total - gone)
 
 

@@ -36,6 +36,7 @@ HEADS: dict[str, Row] = {
     "segments": ("folds into one", "count", "when", "promise", "params", "MACs"),
     "stays": ("keeps its channels", "count", "", "goes with", "because", "fix"),
 }
+_BETWEEN = 4  # layers of a fold that are named beside its ends
 _NUMBER = re.compile(r"(?<![^.'])\d+(?![^.':#])")
 _ORDINAL = re.compile(r"#\d+$")
 
@@ -263,7 +264,10 @@ def _segments(segments: Iterable[Segment], every: bool) -> Iterator[Row]:
 
 
 def _spelled(segment: Segment) -> str:
-    return " + ".join(segment.layers)
+    first, *between, last = segment.layers
+    if len(between) <= _BETWEEN:
+        return " + ".join(segment.layers)
+    return f"{first} + {between[0]} + ... + {last} ({len(segment.layers)} layers)"
 
 
 def _stays(findings: Iterable[Finding], every: bool) -> Iterator[Row]:

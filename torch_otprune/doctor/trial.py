@@ -12,23 +12,17 @@ from torch import nn
 from torch_otprune.doctor.text import pattern
 from torch_otprune.plan.model import Cut
 from torch_otprune.plan.slices import slices
-from torch_otprune.structure.costs import cost_models
 from torch_otprune.structure.forward import evaluating, flat_tensors, run
 from torch_otprune.structure.graph import Blocked, Graph, Group
-from torch_otprune.structure.probe import Probe
+from torch_otprune.structure.remedies import counted
 from torch_otprune.surgery import compared, gap, tolerance
 
 __all__ = ["tried"]
 
 _STOPS = "without it the model does not run"
-_COUNTS = (
-    "let forward read sizes off its tensors, as x.shape[1], where it counts channels by a number "
-    "of its own."
-)
-_MISSED = "report the model: its analysis misses an op."
 
 
-def tried(model: nn.Module, graph: Graph, example: Any, notes: Probe) -> Graph:
+def tried(model: nn.Module, graph: Graph, example: Any) -> Graph:
     """Cut half of every group's units on a copy, and set apart the groups for which it fails.
 
     All are cut at once; only where that fails, they are taken apart. Groups that differ in the
@@ -38,7 +32,6 @@ def tried(model: nn.Module, graph: Graph, example: Any, notes: Probe) -> Graph:
         model: the dense model.
         graph: its analysis.
         example: one batch.
-        notes: a run of the model on it.
 
     Returns:
         the analysis, with the groups that failed among what is blocked. A model without weights,
@@ -52,7 +45,8 @@ def tried(model: nn.Module, graph: Graph, example: Any, notes: Probe) -> Graph:
     makes = {_make(graph.group(name)): why for name, why in said.items()}
     groups = tuple(group for group in graph.groups if _make(group) not in makes)
     blocked = [_blocked(g, makes[_make(g)]) for g in graph.groups if _make(g) in makes]
-    costs = cost_models(model, groups, notes)
+    full = {g.name: g.units for g in graph.groups if _make(g) in makes}
+    costs = {measure: cost.held(full) for measure, cost in graph.costs.items()}
     return replace(graph, groups=groups, blocked=(*graph.blocked, *blocked), costs=costs)
 
 
@@ -63,10 +57,10 @@ def _make(group: Group) -> Hashable:
 
 
 def _blocked(group: Group, why: str) -> Blocked:
-    stops = why.startswith(_STOPS)
     said = why.replace(_STOPS, "once they are cut the model does not run").replace("; ", ", ")
     paths = tuple(member.path for member in group.members)
-    return Blocked(group.name, paths, said, _COUNTS if stops else _MISSED)
+    sizes = (group.units, *(member.size for member in group.members))
+    return Blocked(group.name, paths, said, counted(said, sizes), group.kind)
 
 
 def _failing(model: nn.Module, groups: Sequence[Group], example: Any) -> Iterator[tuple[str, str]]:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torch_otprune.errors import StructureError
 from torch_otprune.nn.wiring import Wiring, check_wiring, streamed, wired
-from torch_otprune.structure.layers import Counted
 
 __all__ = ["ChannelScale", "LowRank", "Skip", "Zero"]
 
@@ -115,7 +114,7 @@ class ChannelScale(nn.Module):
         return _described(self.wiring, f"{self.channels}", axis=self.axis)
 
 
-class LowRank(Counted):
+class LowRank(nn.Module):
     """Stand for a block by a residual map of low rank: y = x + up down x + bias.
 
     It starts as the identity, and trains from there: `up` is zero, `down` is not.
@@ -143,17 +142,6 @@ class LowRank(Counted):
         self.down = nn.Parameter(torch.empty(rank, channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         nn.init.normal_(self.down, std=channels**-0.5)
-
-    def macs(self, x: Tensor) -> int:
-        """Count the multiply-accumulates of one call.
-
-        Args:
-            x: the stream.
-
-        Returns:
-            2 · channels · rank per position.
-        """
-        return x.numel() // self.channels * 2 * self.up.numel()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add the map of the stream to the stream."""

@@ -6,38 +6,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil
+from math import ceil, floor
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
 
 from torch_otprune.errors import BudgetError, PlanError
-from torch_otprune.plan.knapsack import Floats, Measure, Problem, State
+from torch_otprune.plan.choice import Choice
+from torch_otprune.plan.knapsack import Floats, Measure, Problem, State, split
 from torch_otprune.plan.search import solve
-from torch_otprune.structure.graph import CostModel
+from torch_otprune.plan.ties import tie, untie
+from torch_otprune.structure.graph import CostModel, Dim
 
 __all__ = ["Allocation", "Choice", "allocate"]
 
 LANDING = 0.99  # a budget used less than this is explained
 LARGEST = 1 << 62  # costs are 64-bit integers
 _NONE: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What one group may keep, and what that loses.
-
-    Args:
-        name: the group.
-        curve: predicted loss of keeping the best k units, for k from 0 to all of them, in
-            the unit that all groups share; its running minimum counts.
-        widths: allowed numbers of kept units, ascending.
-    """
-
-    name: str
-    curve: Tensor
-    widths: tuple[int, ...]
+_ALONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -60,6 +47,7 @@ def allocate(
     *,
     costs: Mapping[str, CostModel],
     limits: Mapping[str, int],
+    kind: Mapping[str, str] = _ALONE,
     solver: Literal["auto", "milp", "greedy"] = "auto",
 ) -> Allocation:
     """Choose one width per group so that the summed loss is least and every cost in its limit.
@@ -68,6 +56,7 @@ def allocate(
         choices: one per group, in any order: the order changes nothing.
         costs: exact costs by measure; every group they name must have a choice.
         limits: the most each measure may cost, in its own unit; none at all keeps everything.
+        kind: group to the group whose width it takes; the others choose for themselves.
         solver: `milp` solves mixed-integer programs and improves on the greedy choice,
             `greedy` does without, `auto` solves programs up to 150 groups.
 
@@ -75,7 +64,8 @@ def allocate(
         the widths; no group can be widened by itself without breaking a limit.
 
     Raises:
-        BudgetError: if the narrowest widths exceed a limit.
+        BudgetError: if the narrowest widths exceed a limit, or groups of a kind have no width
+            in common.
         PlanError: if a curve, the widths, a name or a measure is wrong.
 
     Source: the multiple-choice knapsack (Kellerer, Pferschy & Pisinger 2004, chapter 11);
@@ -88,12 +78,15 @@ def allocate(
     Costs must not fall where a width grows.
     """
     dense = _check(choices, costs, limits)
+    names = [choice.name for choice in choices]
+    if kind:
+        choices, costs = tie(choices, costs, kind)
     problem, blocks = _problem(choices, costs, limits), _blocks(costs)
     _reachable(problem, costs, dense, blocks)
     whole = problem.fits(problem.most)
     state, by = (problem.most, "greedy") if whole else solve(problem, solver)
     keep = dict(zip(problem.names, problem.kept(state), strict=True))
-    return Allocation(keep, by, _notes(problem, state, blocks))
+    return Allocation(untie(keep, kind, names), by, _notes(problem, state, blocks))
 
 
 def _blocks(costs: Mapping[str, CostModel]) -> frozenset[str]:
@@ -172,7 +165,7 @@ def _check_cost(model: CostModel, dense: Mapping[str, int]) -> None:
             where=f"costs[{model.measure!r}]; groups without a choice: {', '.join(unknown[:5])}",
             fix="give every group a choice; one with a single width keeps that width.",
         )
-    if model.at(dense) >= LARGEST:
+    if model.at(dense) * split(model) >= LARGEST:
         raise PlanError(
             f"{model.measure} of the dense model is {model.at(dense):,}, beyond 64-bit integers.",
             where=f"costs[{model.measure!r}]",
@@ -190,20 +183,36 @@ def _reachable(
     keep = dict(zip(problem.names, problem.kept(problem.least), strict=True))
     for measure in problem.measures:
         model = costs[measure.name]
-        least, whole = model.at(keep), model.at(dense)
-        if least <= measure.limit:
+        least, whole, limit = model.at(keep), model.at(dense), measure.limit // measure.parts
+        if least <= limit:
             continue
         percent = ceil(1000 * least / max(whole, 1)) / 10
         held = f"most of the least is {'; '.join(_blockers(model, keep, blocks))}"
+        held = _fixed(model, keep, dense) + held
         if measure.name == "layers":
             held = f"kept by rules of their own: {', '.join(sorted(b for b in blocks if keep[b]))}"
         ways = _ways(problem, measure.name, dense, blocks)
         raise BudgetError(
-            f"a budget of {measure.limit:,} {measure.name} ({measure.limit / max(whole, 1):.1%}) "
+            f"a budget of {limit:,} {measure.name} ({limit / max(whole, 1):.1%}) "
             f"cannot be reached: the least is {least:,} ({percent:.1f}%).",
             where=f"Budget.{measure.name}; {held}",
             fix=f"keep at least {percent:.1f}% of {measure.name}; or {ways}.",
         )
+
+
+def _fixed(model: CostModel, keep: Mapping[str, int], dense: Mapping[str, int]) -> str:
+    """Say how much of a cost no rule reaches, and how much of that attention multiplies."""
+    still = [t for t in model.terms if not any(_narrows(d, keep, dense) for d in t.dims)]
+    share, data = (
+        float(sum(t.at(dense) for t in some) / max(model.at(dense), 1))
+        for some in (still, [t for t in still if t.data])
+    )
+    tokens = f" ({data:.1%} where data meets data, as in attention)" if data else ""
+    return f"no rule reaches {share:.1%} of all {model.measure}{tokens}; " if share else ""
+
+
+def _narrows(dim: Dim, keep: Mapping[str, int], dense: Mapping[str, int]) -> bool:
+    return any(keep[name] < dense[name] for name, _ in dim.by_group)
 
 
 def _ways(problem: Problem, measure: str, dense: Mapping[str, int], blocks: frozenset[str]) -> str:
@@ -225,7 +234,7 @@ def _blockers(model: CostModel, keep: Mapping[str, int], blocks: frozenset[str])
     price: Counter[str] = Counter()
     groups: dict[str, set[str]] = {}
     for term in model.terms:
-        price[term.owner] += term.at(keep)
+        price[term.owner] += floor(term.at(keep))
         named = {name for dim in term.dims for name, _ in dim.by_group}
         groups.setdefault(term.owner, set()).update(named)
     priced = (owner for owner in price if price[owner])
@@ -251,14 +260,16 @@ def _notes(problem: Problem, state: State, blocks: frozenset[str]) -> tuple[str,
     whole = state == problem.most
     m, group, cost = (int(np.argmax(used)), 0, 0) if whole else _least_step(problem, state)
     name, left, limit = problem.measures[m].name, slack[m], problem.measures[m].limit
-    share = f"{left:,} {name} ({left / limit:.1%} of the budget)"
+    parts = problem.measures[m].parts
+    share = f"{left // parts:,} {name} ({left / limit:.1%} of the budget)"
     if whole:
         return (f"The widest allowed widths leave {share} unused.",)
     kept, wider = (int(problem.widths[group][state[group] + up]) for up in (0, 1))
     step = f"group {problem.names[group]} from {kept} to {wider} units"
     if problem.names[group] in blocks:
         step = f"keeping the layer '{problem.names[group]}'"
-    return (f"{share} stay unused, because the smallest step left, {step}, costs {cost:,}.",)
+    costs = f"{cost // parts:,}"
+    return (f"{share} stay unused, because the smallest step left, {step}, costs {costs}.",)
 
 
 def _least_step(problem: Problem, state: State) -> tuple[int, int, int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -13,7 +14,9 @@ from torch_otprune.errors import BudgetError
 from torch_otprune.plan.allocate import Choice, allocate
 from torch_otprune.plan.model import Cost, Cut, Drop, Plan
 from torch_otprune.plan.propose import PROPOSERS, Candidate, Case, Offer
-from torch_otprune.policy import Layers, Linearize, Policy
+from torch_otprune.plan.reach import floors
+from torch_otprune.plan.ties import kinds, sayable
+from torch_otprune.policy import Layers, Linearize, Policy, Units
 from torch_otprune.statistics.observation import Observation
 from torch_otprune.structure.costs import uncounted
 from torch_otprune.structure.fingerprint import fingerprint
@@ -62,14 +65,14 @@ def make_plan(
     costs, dense = _costs(graph, offer)
     choices = [Choice(c.name, c.curve, c.widths) for c in candidates]
     choices += _whole(graph, {c.name for c in candidates})
-    found = allocate(choices, costs=costs, limits=_limits(policy, costs, dense))
+    alike = kinds(model, graph.groups) if policy.serving == "uniform" else {}
+    if alike:
+        choices = sayable(model, graph.groups, choices)
+    limits = _limits(policy, costs, dense)
+    found = allocate(choices, costs=costs, limits=limits, kind=alike)
     made = [c.decide(found.keep[c.name]) for c in candidates if found.keep[c.name] < c.units]
     if not made and not any(isinstance(rule, Linearize) for rule in policy.rules):
-        raise BudgetError(
-            "nothing would be removed.",
-            where=_where(policy, candidates),
-            fix=_LESS_DEPTH if _depth(policy) else _LESS_WIDTH,
-        )
+        _nothing(policy, candidates)
     drops = tuple(d for d in made if isinstance(d, Drop))
     plan = Plan(
         policy=policy,
@@ -89,6 +92,18 @@ def make_plan(
     return plan.model_copy(update=counted)
 
 
+def _nothing(policy: Policy, candidates: Sequence[Candidate]) -> NoReturn:
+    whole = "; ".join([*_stuck(policy, candidates), *_kept(policy, candidates)][:3])
+    enough = [c for c in candidates if c.widths == (c.units,) and _asked(policy, c)]
+    most = max((c.units for c in enough), default=0)
+    less = _LESS_DEPTH if _depth(policy) else _LESS_WIDTH
+    raise BudgetError(
+        f"nothing would be removed{f': {whole}' if whole else ''}.",
+        where=_where(policy, candidates),
+        fix=f"keep fewer than {most}." if enough else less,
+    )
+
+
 def _costs(graph: Graph, offer: Offer) -> tuple[dict[str, CostModel], dict[str, int]]:
     """Add the blocks on offer to the costs, and a measure that counts them."""
     instead, widths = offer.stand_ins, graph.widths(offer.blocks)
@@ -103,8 +118,12 @@ def _costs(graph: Graph, offer: Offer) -> tuple[dict[str, CostModel], dict[str, 
 
 def _told(case: Case, candidates: Sequence[Candidate]) -> list[str]:
     """Say what a reader of the plan should know beside what it decides."""
-    spoken = _stuck(case.policy, candidates)
-    return [*spoken, *uncounted(case.model, case.graph.groups), *_thin(case.observation)]
+    names = {candidate.name for candidate in candidates}
+    least = floors(group for group in case.graph.groups if group.name in names)
+    few = uncounted(case.graph.costs["macs"])
+    ranked = [f"group '{c.name}': {c.note}" for c in candidates if c.note]
+    stuck, thin = _stuck(case.policy, candidates), _thin(case.observation)
+    return [*stuck, *ranked, *least, *few, *thin]
 
 
 def _thin(observation: Observation) -> list[str]:
@@ -118,11 +137,35 @@ def _thin(observation: Observation) -> list[str]:
 def _stuck(policy: Policy, candidates: Sequence[Candidate]) -> list[str]:
     """Say which groups a rule's own numbers leave whole."""
     return [
-        f"group '{c.name}' stays whole: min_keep and multiple_of of rules[{c.rule}] allow "
-        f"{c.units} units no smaller width"
+        f"group '{c.name}' stays whole: {_asked(policy, c) or _fits(c)}"
         for c in candidates
         if c.widths == (c.units,) and c.units > 1 and not _wants_all(policy, c.rule)
     ]
+
+
+def _kept(policy: Policy, candidates: Sequence[Candidate]) -> Iterator[str]:
+    """Say which rules about layers keep as many as they reach."""
+    for index, rule in enumerate(policy.rules):
+        reached = sum(c.rule == index for c in candidates)
+        if isinstance(rule, Layers) and rule.dropped(reached) == 0:
+            yield f"rules[{index}] keeps {rule.keep} of the layers it reaches, which are {reached}"
+
+
+def _fits(candidate: Candidate) -> str:
+    return (
+        f"min_keep and multiple_of of rules[{candidate.rule}] allow {candidate.units} units no "
+        "smaller width"
+    )
+
+
+def _asked(policy: Policy, candidate: Candidate) -> str:
+    """Say that a rule asks for no less than there is; nothing where it asks for less."""
+    rule = policy.rules[candidate.rule]
+    if not isinstance(rule, Units) or rule.keep is None or rule.keep.relative:
+        return ""
+    if rule.keep.value < candidate.units:
+        return ""
+    return f"rules[{candidate.rule}] keeps {rule.keep} {rule.unit}, and it has {candidate.units}"
 
 
 def _wants_all(policy: Policy, rule: int) -> bool:

@@ -176,10 +176,12 @@ def _candidates(case: Case, index: int, rule: Layers, blocks: Sequence[Block]) -
     assert isinstance(rule.criterion, LayerCriterion)
     _check_unit(case, index, rule.criterion)
     criterion = rule.criterion.following(_standing(rule).kind)
-    chains = [case.observation.chain([b.name for b in run]) for run in runs(blocks)]
     count = rule.dropped(len(blocks))
     if count is not None:
         _check_count(case, index, rule, going=count, reached=len(blocks))
+    if count == 0:  # nothing was watched for a rule that keeps all
+        return [_candidate(index, rule, block, 0.0, (1,)) for block in blocks]
+    chains = [case.observation.chain([b.name for b in run]) for run in runs(blocks)]
     prices = criterion.price(chains, look=_look(case, blocks), count=count)
     widths = _settled(prices, count)
     return [

@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import lcm, prod
 
 import numpy as np
 import numpy.typing as npt
 
 from torch_otprune.structure.graph import CostModel, Term
 
-__all__ = ["Floats", "Ints", "Measure", "Problem", "State"]
+__all__ = ["Floats", "Ints", "Measure", "Problem", "State", "split"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -36,15 +36,17 @@ class Measure:
 
     Args:
         name: `params` or `macs`.
-        limit: the most it may be.
-        monomials: integer coefficient of each product of widths; `()` is the constant.
+        limit: the most it may be, in parts.
+        monomials: coefficient of each product of widths, in parts; `()` is the constant.
         groups: how many groups there are.
+        parts: into how many each unit of the cost is split, so that all numbers are whole.
     """
 
     name: str
     limit: int
     monomials: Mapping[Monomial, int]
     groups: int
+    parts: int = 1
 
     @classmethod
     def expand(cls, model: CostModel, limit: int, names: Sequence[str]) -> Measure:
@@ -60,9 +62,11 @@ class Measure:
         """
         number = {name: index for index, name in enumerate(names)}
         total: Counter[Monomial] = Counter()
+        parts = split(model)
         for term in model.terms:
-            total.update(_multiply(term, number))
-        return cls(model.measure, limit, {m: total[m] for m in sorted(total)}, len(names))
+            total.update(_multiply(term, number, parts))
+        most = limit * parts + parts - 1  # costs are rounded down
+        return cls(model.measure, most, {m: total[m] for m in sorted(total)}, len(names), parts)
 
     @cached_property
     def factors(self) -> tuple[tuple[_Factor, ...], ...]:
@@ -109,13 +113,25 @@ class Measure:
         return sum(c * prod(kept[g] for g in m) for m, c in self.monomials.items())
 
 
-def _multiply(term: Term, number: Mapping[str, int]) -> Counter[Monomial]:
-    product: Counter[Monomial] = Counter({(): term.scale})
+def split(model: CostModel) -> int:
+    """Find into how many parts a cost must be split for all its coefficients to be whole.
+
+    Args:
+        model: the cost.
+
+    Returns:
+        one where they are.
+    """
+    return lcm(*(term.scale.denominator for term in model.terms))
+
+
+def _multiply(term: Term, number: Mapping[str, int], parts: int) -> Counter[Monomial]:
+    product: Counter[Monomial] = Counter({(): int(term.scale * parts)})
     for dim in term.dims:
-        parts = [((), dim.fixed), *(((number[name],), width) for name, width in dim.by_group)]
+        places = [((), dim.fixed), *(((number[name],), width) for name, width in dim.by_group)]
         grown: Counter[Monomial] = Counter()
         for monomial, coefficient in product.items():
-            for extra, factor in parts:
+            for extra, factor in places:
                 if factor:
                     grown[tuple(sorted(monomial + extra))] += coefficient * factor
         product = grown

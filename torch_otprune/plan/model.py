@@ -37,8 +37,10 @@ class Cut(_Frozen):
     keep: tuple[int, ...] = Field(min_length=1, description="sorted unit indices that stay")
     criterion: str = Field(description="what ranked the units")
     reason: str = Field(description="one sentence")
-    error: float = Field(
-        ge=0, description="predicted change of the network's output, as a share of its RMS"
+    error: float | None = Field(
+        ge=0,
+        description="predicted change of the network's output, as a share of its RMS; null where "
+        "no data was seen by what reads these units",
     )
     slices: tuple[Slice, ...] = Field(description="the same cut, module by module")
 
@@ -190,7 +192,7 @@ class Plan(_Frozen):
 def _table(plan: Plan) -> str:
     rows = [("group", "units", "keep", "error", "reason")]
     rows += [
-        (c.group, str(c.units), str(len(c.keep)), f"{c.error:.2%}", c.reason) for c in plan.cuts
+        (c.group, str(c.units), str(len(c.keep)), _share(c.error), c.reason) for c in plan.cuts
     ]
     rows += [(d.block, "block", "0", f"{d.error:.3g}", d.reason) for d in plan.drops]
     rows += [(x.site, "bend", "0", f"{x.error:.3g}", x.reason) for x in plan.lines]
@@ -205,6 +207,10 @@ def _table(plan: Plan) -> str:
     lines += [_folded(folding) for folding in plan.foldings]
     lines += [f"refused {r.group}: {r.reason}" for r in plan.refused]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+
+
+def _share(error: float | None) -> str:
+    return "unknown" if error is None else f"{error:.2%}"
 
 
 def _folded(folding: Folding) -> str:

@@ -8,6 +8,7 @@ from functools import cached_property
 from math import sqrt
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from torch_otprune.criteria.base import Criterion, Ranking
 from torch_otprune.errors import StructureError, TargetError
 from torch_otprune.plan.model import Cut, Drop, Refusal
 from torch_otprune.plan.price import dropped, repaired, weighted
+from torch_otprune.plan.reach import instead, places
 from torch_otprune.plan.slices import slices
 from torch_otprune.policy import (
     Channels,
@@ -28,10 +30,12 @@ from torch_otprune.policy import (
     module_classes,
     owner,
 )
+from torch_otprune.policy.targets import Classes
 from torch_otprune.statistics.evidence import Evidence, gather
 from torch_otprune.statistics.observation import Observation
 from torch_otprune.structure.graph import Block, Blocked, Graph, Group
 from torch_otprune.structure.layers import holder, shared
+from torch_otprune.structure.remedies import counted
 
 __all__ = ["PROPOSERS", "Candidate", "Case", "Offer", "felt", "proposes"]
 
@@ -57,6 +61,11 @@ class Case:
     banned: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
+    def shapes_only(self) -> bool:
+        """Tell whether the model has no values to look at."""
+        return any(parameter.is_meta for parameter in self.model.parameters())
+
+    @cached_property
     def ties(self) -> frozenset[str]:
         """List the modules that share tensors with others."""
         return shared(self.model)
@@ -73,6 +82,7 @@ class Candidate:
         curve: predicted cost by number of units kept.
         widths: allowed numbers, ascending.
         decide: the decision for a number of kept units.
+        note: what a reader of the plan should know about the ranking; empty as a rule.
     """
 
     name: str
@@ -81,6 +91,7 @@ class Candidate:
     curve: Float[Tensor, " sizes"]
     widths: tuple[int, ...]
     decide: Callable[[int], Cut | Drop]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,8 @@ class Offer:
 
 
 _MOVES = {"output": "the output", "uniform": "its consumers", "none": "its consumers (unscaled)"}
+
+_UNSEEN = "; how much that changes is unknown, since what reads them saw no data"
 
 Proposer = Callable[[Case, Mapping[int, Any]], Offer]
 PROPOSERS: dict[type[Rule], Proposer] = {}
@@ -140,7 +153,7 @@ def propose_units(case: Case, rules: Mapping[int, Units]) -> Offer:
     owned, refused = _owned(case, rules, classes)
     for index, rule in rules.items():
         if index not in owned.values():
-            _nothing(case, index, rule, refused)
+            _nothing(case, index, rule, refused, classes=classes)
     candidates = [
         _candidate(case, case.graph.group(name), index, rules[index])
         for name, index in owned.items()
@@ -204,9 +217,10 @@ def _objection(
     if group.kind != unit:
         return _OTHER[group.kind]
     if group.name in case.banned:
-        return case.banned[
-            group.name
-        ], "let that line take the size from its tensor (-1 or .shape), or leave these out."
+        said = case.banned[group.name]
+        if said.startswith("the configuration"):
+            return said, "ask for serving='registered', or leave these out."
+        return said, counted(said, (group.units, *(member.size for member in group.members)))
     if why := _inside(case, group):
         return why
     if missed:
@@ -253,22 +267,21 @@ _NONE = {
     "heads": "no attention with several heads among the targets",
     "hidden": "no stream that a norm takes as one among the targets",
 }
-_TARGET = {
-    "channels": "target convolutions or linear layers that feed others.",
-    "experts": "target the modules that hold router and experts, as the doctor lists them.",
-    "heads": "target the attention layers, as the doctor lists them.",
-    "hidden": "leave targets at auto; the stream of a network with batch-norms is for Channels.",
-}
 
 
-def _nothing(case: Case, index: int, rule: Units, refused: Sequence[Refusal]) -> None:
+def _nothing(
+    case: Case, index: int, rule: Units, refused: Sequence[Refusal], *, classes: Classes
+) -> None:
     reasons = (
         "; ".join(f"{r.group or 'the model'}: {r.reason}" for r in refused[:3]) or _NONE[rule.unit]
     )
+    fix = refused[0].fix if refused else ""
+    if not fix or (fix.startswith("nothing") and places(case.graph, rule.unit, classes)):
+        fix = instead(case.graph, rule.unit, classes)
     raise StructureError(
         f"rule {index} reaches nothing that can be cut ({reasons}).",
         where=f"Policy.rules[{index}].targets = {', '.join(rule.targets)}",
-        fix=refused[0].fix if refused else _TARGET[rule.unit],
+        fix=fix,
     )
 
 
@@ -282,11 +295,13 @@ def _candidate(case: Case, group: Group, index: int, rule: Units) -> Candidate:
 
     def decide(size: int) -> Cut:
         nested = ranking.order[:size]
-        if size < group.units:  # gathered anew: the evidence of all groups at once is large
+        refines = type(criterion).refine is not Criterion.refine
+        if refines and size < group.units:  # the evidence of all groups at once is large
             nested = criterion.refine(_evidence(case, group), nested)
         keep = nested.sort().values
-        lost = felt(curve, size)
-        moved = f"dropping {group.units - size} moves {_MOVES[unit]} by {lost:.2%}"
+        lost = felt(curve, size) if unit else None
+        moves = f" moves {_MOVES[unit]} by {lost:.2%}" if unit else _UNSEEN
+        moved = f"dropping {group.units - size}{moves}"
         return Cut(
             group=group.name,
             rule=index,
@@ -299,7 +314,7 @@ def _candidate(case: Case, group: Group, index: int, rule: Units) -> Candidate:
         )
 
     widths = _widths(group, index, rule)
-    return Candidate(group.name, index, group.units, curve, widths, decide)
+    return Candidate(group.name, index, group.units, curve, widths, decide, ranking.note)
 
 
 def _widths(group: Group, index: int, rule: Units) -> tuple[int, ...]:
@@ -307,7 +322,8 @@ def _widths(group: Group, index: int, rule: Units) -> tuple[int, ...]:
     keep, least = rule.keep, group.least
     if keep is not None and not keep.relative and keep.value < least:
         raise StructureError(
-            f"keep is {keep.value} experts, but the router of '{group.name}' chooses {least}.",
+            f"keep is {keep.value} of the {group.units} experts of '{group.name}', whose router "
+            f"chooses {least} for every token.",
             where=f"Policy.rules[{index}].keep",
             fix=f"keep at least {least}, or lower the model's top-k first.",
         )
@@ -325,6 +341,9 @@ def felt(curve: Tensor, size: int) -> float:
 
 
 def _evidence(case: Case, group: Group) -> Evidence:
+    if case.shapes_only:
+        nothing = torch.zeros(group.units, 1, dtype=torch.float64, device="cpu")
+        return Evidence(group.name, group.units, nothing, None, (), None, case.policy.seed)
     return gather(
         case.model,
         case.graph,
@@ -333,6 +352,7 @@ def _evidence(case: Case, group: Group) -> Evidence:
         sensitivity=case.observation.sensitivity,
         feel=case.weighting == "output",
         ties=case.ties,
+        signals=case.observation.signals,
         seed=case.policy.seed,
     )
 
@@ -341,6 +361,8 @@ def _price(case: Case, ranking: Ranking, evidence: Evidence, *, refits: bool) ->
     """Price a ranking by what its repair leaves, in the unit that all groups share."""
     felt = case.observation.sensitivity
     priced = (repaired if refits else dropped)(ranking, evidence)
-    blind = priced is ranking or (case.weighting == "output" and felt is None)
+    if priced is ranking:  # no consumer was seen: what is lost there is anybody's guess
+        return weighted(priced.curve, "uniform", 0.0), ""
+    blind = case.weighting == "output" and felt is None
     unit = "uniform" if blind else case.weighting
     return weighted(priced.curve, unit, felt.mean_power if felt else 0.0), unit

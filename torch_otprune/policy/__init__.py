@@ -14,6 +14,7 @@ from torch_otprune.policy.registry import (
     Table,
 )
 from torch_otprune.policy.rules import Layers, Linearize, Rule
+from torch_otprune.policy.schedule import Schedule
 from torch_otprune.policy.targets import match, module_classes, owner
 from torch_otprune.policy.width import Channels, Experts, Heads, Hidden, Units
 
@@ -35,6 +36,7 @@ __all__ = [
     "Linearize",
     "Policy",
     "Rule",
+    "Schedule",
     "Setting",
     "Table",
     "Units",

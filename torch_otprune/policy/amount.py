@@ -6,14 +6,14 @@ import math
 import re
 from dataclasses import dataclass, field
 from decimal import Decimal
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from torch_otprune.policy.base import problem, short, translated
+from torch_otprune.policy.base import plain, problem, short, translated
 
 __all__ = ["Amount", "AmountLike", "Several"]
 
@@ -70,10 +70,11 @@ class Amount:
             return value
         if isinstance(value, str) and (match := re.match(_PATTERN, value)):
             return _from_text(value, match[1], match[2])
-        if isinstance(value, Integral) and not isinstance(value, bool):
-            return _from_int(int(value), value)
-        if isinstance(value, Real) and not isinstance(value, bool):
-            return _from_float(float(value), value)
+        number = plain(value)
+        if isinstance(number, int) and not isinstance(number, bool):
+            return _from_int(number, value)
+        if isinstance(number, float):
+            return _from_float(number, value)
         raise problem(f"{short(value)} is no amount.", fix=_FIX)
 
     @property

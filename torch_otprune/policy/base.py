@@ -6,7 +6,8 @@ import difflib
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from numbers import Integral, Real
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -15,7 +16,7 @@ from typing_extensions import Self
 
 from torch_otprune.errors import BudgetError, OTPruneError, PolicyError
 
-__all__ = ["Declaration", "nearest", "problem", "short", "translated"]
+__all__ = ["Declaration", "nearest", "plain", "problem", "short", "translated"]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 60, 60
@@ -193,12 +194,57 @@ def _explain(error: ErrorDetails, name: str) -> tuple[str, str]:
         return f"this is no JSON: {context['error']}.", "correct the text at that place."
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     value = short(error["input"])
+    if error["type"] in _PLAIN:
+        wanted = _PLAIN[error["type"]]
+        return f"{value} is no valid {name}: it should be {wanted}.", f"make it {wanted}."
     if message.startswith("Input should be "):
         wanted = re.sub(", (unable|got) .*", "", message.removeprefix("Input should be "))
         close = difflib.get_close_matches(str(error["input"]), wanted.split("'")[1::2])
         fix = f"write {close[0]!r}." if close else f"make it {wanted}."
         return f"{value} is no valid {name}: it should be {wanted}.", fix
     return f"{value} is no valid {name}: {message.rstrip('.')}.", f"correct {name}."
+
+
+# What pydantic calls by the names of Python's types.
+_PLAIN = {
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a table of keys and values",
+    "model_type": "a table of keys and values",
+    "model_attributes_type": "a table of keys and values",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+}
+
+
+def plain(value: object) -> object:
+    """Read another library's number, such as numpy's, as one of Python's own.
+
+    Args:
+        value: anything.
+
+    Returns:
+        an int or a float that is written alike, so that a short float stays what was meant;
+        anything that is no number as it was.
+
+    Example:
+        >>> import numpy as np
+        >>> plain(np.int64(2)), plain(np.float32(0.29)), plain("2")
+        (2, 0.29, '2')
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    with suppress(ValueError):
+        return float(str(value))  # in binary, 0.29 of single precision is another number
+    return float(value)
 
 
 def short(value: object) -> str:

@@ -10,9 +10,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from torch_otprune.policy.amount import Amount, AmountLike, Several
-from torch_otprune.policy.base import Declaration, problem
+from torch_otprune.policy.base import Declaration, plain, problem, short
 from torch_otprune.policy.registry import RULES, Entry
 from torch_otprune.policy.rules import Count, Layers, Linearize, Patterns, Rule, listed
+from torch_otprune.policy.schedule import Schedule
 from torch_otprune.policy.yaml_io import dump_yaml, load_yaml
 
 __all__ = ["Budget", "Calibration", "Policy"]
@@ -98,9 +99,22 @@ class Calibration(Declaration):
 _CALIBRATION = Calibration()
 RuleLike = str | Mapping[str, Any] | Rule
 _Rule = Annotated[Rule, Entry(RULES)]
+
+
+def _rules(value: object) -> object:
+    """Read one rule as a list of one, and say plainly what no rule can be."""
+    if isinstance(value, Iterable):
+        return listed(value)
+    raise problem(
+        f"{short(value)} is no rule and no list of rules.",
+        fix="write a name such as channels, a table such as {kind: channels, keep: 50%}, or a "
+        "list of these.",
+    )
+
+
 Rules = Annotated[
     tuple[_Rule, ...],
-    BeforeValidator(listed, json_schema_input_type=_Rule | tuple[_Rule, ...]),
+    BeforeValidator(_rules, json_schema_input_type=_Rule | tuple[_Rule, ...]),
 ]
 
 
@@ -120,7 +134,20 @@ class Policy(Declaration):
     calibration: Calibration = Field(
         default=_CALIBRATION, description="how much data the decisions may see"
     )
-    seed: int = Field(default=0, ge=0, strict=True, description="fixes every random choice")
+    seed: Annotated[int, BeforeValidator(plain)] = Field(
+        default=0, ge=0, strict=True, description="fixes every random choice"
+    )
+    serving: Literal["registered", "uniform", "plain"] = Field(
+        default="registered",
+        description="how a Transformers model is to be loaded again: `registered`, by "
+        "`from_pretrained` where this library is imported; `uniform`, by `from_pretrained` alone: "
+        "layers of a kind keep equally many units; `plain`, by `otp.load` only",
+    )
+    schedule: Schedule | None = Field(
+        default=None,
+        description="when `attached.step` prunes while the model trains; whatever else plans or "
+        "prunes does all of it at once",
+    )
 
     if TYPE_CHECKING:
 
@@ -132,6 +159,8 @@ class Policy(Declaration):
             ignore: str | Iterable[str] = (),
             calibration: Calibration | Mapping[str, Any] = _CALIBRATION,
             seed: int = 0,
+            serving: Literal["registered", "uniform", "plain"] = "registered",
+            schedule: Schedule | Mapping[str, Any] | None = None,
         ) -> None: ...
 
     @model_validator(mode="after")

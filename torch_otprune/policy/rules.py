@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from torch_otprune.policy.amount import Amount, AmountLike, Several
-from torch_otprune.policy.base import problem, short
+from torch_otprune.policy.base import plain, problem, short
 from torch_otprune.policy.registry import (
     CRITERIA,
     LAYER_CRITERIA,
@@ -28,7 +28,7 @@ from torch_otprune.policy.targets import check_pattern
 __all__ = ["Count", "Counted", "Criterion", "Layers", "Linearize", "Repairs", "Rule", "SettingLike"]
 
 SettingLike = str | Mapping[str, Any] | Setting
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True), BeforeValidator(plain)]
 
 
 def listed(value: object) -> object:
@@ -38,7 +38,7 @@ def listed(value: object) -> object:
 
 def _share(value: object) -> object:
     """Read how many of several go: a whole number counts, one of them included."""
-    number = _number(value) if isinstance(value, str) else value
+    number = _number(value) if isinstance(value, str) else plain(value)
     whole = isinstance(number, int)
     if isinstance(number, bool) or not isinstance(number, (int, float)) or isnan(number):
         raise problem(f"{short(value)} is no number of layers.", fix=_SHARE)

@@ -2,6 +2,7 @@
 
 from torch_otprune.repair.base import Note, Patient, Repair, register
 from torch_otprune.repair.bias import Bias
+from torch_otprune.repair.coupling import Coupling
 from torch_otprune.repair.least_squares import LeastSquares
 from torch_otprune.repair.none import NoRepair
 from torch_otprune.repair.norm import Norm
@@ -9,6 +10,7 @@ from torch_otprune.repair.reconstruct import Reconstruct
 
 __all__ = [
     "Bias",
+    "Coupling",
     "LeastSquares",
     "NoRepair",
     "Norm",

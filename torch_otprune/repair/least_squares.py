@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch_otprune.criteria.base import Need
 from torch_otprune.repair.base import Note, Patient, Repair, register
 from torch_otprune.repair.lockstep import Lockstep, Pause, Site
+from torch_otprune.repair.loose import refit_loose_
 from torch_otprune.repair.one_sided import OneSided, Rows, sums_behind
 from torch_otprune.repair.rectified import rectified
 from torch_otprune.repair.solve import Fit, Normal, solve
@@ -44,6 +45,9 @@ class LeastSquares(Repair):
     Where a rectifier is all that reads a layer, what it writes below zero is lost anyway. So where
     the dense network is below zero, the target becomes what the fit writes, at most zero, and the
     layer is fitted again, as long as rows held out gain from it.
+
+    Parameters that no layer multiplies with, as an attention's output projection, are fitted first,
+    to what the dense network reads and writes there.
 
     Limits: needs a few rows per column of the layer; layers that run more than once per forward
     pass, transposed and 3-D convolutions are left alone and noted.
@@ -80,6 +84,8 @@ class LeastSquares(Repair):
     def apply_(self, patient: Patient) -> tuple[Note, ...]:
         """Walk both models side by side and refit site by site."""
         sites, notes = self._sites(patient)
+        # first: the layers behind are fitted to what these write
+        notes += refit_loose_(patient, kind=self.kind, ridge=self.ridge)
         return (*notes, *self._walk(patient, sites, self.kind))
 
     def refit_(self, patient: Patient, paths: Sequence[str], *, kind: str) -> tuple[Note, ...]:

@@ -22,8 +22,8 @@ _COLOURS = {
     "blocked": "#d9822b",
     "fixed": _SPARE,
 }
-_MOST_ROWS, _MOST_LAYERS = 60, 90
-_ROW, _COLUMN, _FRAME, _LETTER = 0.24, 0.2, 1.4, 0.055  # inches
+_MOST_ROWS, _MOST_LAYERS, _MOST_SAID = 60, 90, 64
+_ROW, _COLUMN, _FRAME, _LETTER = 0.24, 0.2, 1.4, 0.06  # inches
 _LABELLED = 0.06  # share from which a part of the bar has room for its number
 
 
@@ -32,13 +32,15 @@ class _Lane:
     """One row: a group, or channels that are tied and cannot go.
 
     Args:
-        name: of the group, and how many there are like it.
+        name: of the group.
+        number: how many there are like it.
         said: its units and their kind, or why they stay.
         fate: what can become of them.
         members: module to the part it takes: `out`, `through` or `in`.
     """
 
     name: str
+    number: int
     said: str
     fate: str
     members: dict[str, str]
@@ -61,7 +63,9 @@ def draw_groups(found: Diagnosis) -> bytes:
     lanes = list(_lanes(found))
     layers = list(dict.fromkeys(_ordered(found, lanes)))
     names = short_names(layers)
-    width = max(8.4, 4.0 + _COLUMN * min(len(layers), _MOST_LAYERS))
+    labels = [_labels(lanes), [_short(lane.said) for lane in lanes]]
+    beside = sum(max(map(len, side), default=0) for side in labels)  # left and right of the map
+    width = max(8.4, 2.6 + _COLUMN * min(len(layers), _MOST_LAYERS) + _LETTER * beside)
     height = _FRAME + _ROW * max(len(lanes), 1) + _LETTER * max(map(len, [*names, ""]))
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
@@ -82,15 +86,22 @@ def _lanes(found: Diagnosis) -> Iterator[_Lane]:
         sides = (("in", ward.consumers), ("through", ward.carriers), ("out", ward.producers))
         members = {path: side for side, paths in sides for path in paths}
         fate = "protected" if ward.protected else "prunable"
-        yield _Lane(_many(name, number), f"{ward.units} {ward.kind}", fate, members)
+        yield _Lane(name, number, f"{ward.units} {ward.kind}", fate, members)
     for name, number, ailment in stuck[: max(_MOST_ROWS - len(groups), 0)]:
         said = str(ailment.obstacles[0]) if ailment.obstacles else ailment.reason
         fate = "fixed" if ailment.fix.startswith("nothing") else "blocked"
-        yield _Lane(_many(name, number), said, fate, dict.fromkeys(ailment.modules, "out"))
+        yield _Lane(name, number, said, fate, dict.fromkeys(ailment.modules, "out"))
 
 
-def _many(name: str, number: int) -> str:
-    return f"{name} (x{number})" if number > 1 else name
+def _short(said: str) -> str:
+    """Leave off the end of a reason that would push the map aside; the tables have it whole."""
+    return said if len(said) <= _MOST_SAID else f"{said[: _MOST_SAID - 1].rstrip()}…"
+
+
+def _labels(lanes: Sequence[_Lane]) -> list[str]:
+    names = short_names([lane.name for lane in lanes])
+    many = (f" (x{lane.number})" if lane.number > 1 else "" for lane in lanes)
+    return [name + number for name, number in zip(names, many, strict=True)]
 
 
 def _ordered(found: Diagnosis, lanes: Sequence[_Lane]) -> Iterator[str]:
@@ -137,13 +148,13 @@ def _map(axes: Any, lanes: Sequence[_Lane], layers: Sequence[str]) -> None:
             at = [place[path] for path, part in lane.members.items() if part == side]
             face = {"color": colour} if marker == "|" else {"facecolor": fill, "edgecolor": colour}
             axes.scatter(at, [y] * len(at), marker=marker, s=22, **face)
-        axes.text(len(layers) - 0.2, y, lane.said, va="center", fontsize=7, color=_INK)
+        axes.text(len(layers) - 0.2, y, _short(lane.said), va="center", fontsize=7, color=_INK)
     _dress(axes, lanes, layers)
 
 
 def _dress(axes: Any, lanes: Sequence[_Lane], layers: Sequence[str]) -> None:
     step = max(1, -(-len(layers) // _MOST_LAYERS))
-    axes.set_yticks(range(len(lanes)), short_names([lane.name for lane in lanes]), fontsize=7.5)
+    axes.set_yticks(range(len(lanes)), _labels(lanes), fontsize=7.5)
     axes.set_xticks(range(0, len(layers), step), short_names(layers[::step]), fontsize=6.5)
     axes.tick_params(axis="x", rotation=90, length=0, colors=_INK)
     axes.tick_params(axis="y", length=0)

@@ -8,17 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from torch_otprune.report.model import Interval, Latency
-from torch_otprune.structure.forward import (
-    batch_size,
-    evaluating,
-    first_tensor,
-    flat_tensors,
-    run,
-)
-from torch_otprune.structure.layers import Counted, is_dense, is_depthwise, is_linear
+from torch_otprune.structure.forward import batch_size, evaluating, flat_tensors, run
+from torch_otprune.structure.tally import tallied
 
 __all__ = ["count_macs", "count_params", "latency"]
 
@@ -39,52 +32,20 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, batch: Any) -> int:
-    """Count the multiply-accumulates of convolutions and dense layers on one sample.
+    """Count the multiply-accumulates of all products of matrices on one sample.
 
-    Same convention as the plan's cost model: output positions x weight elements, biases and
-    norms and embeddings free, a shared layer counted at every call.
+    The plan's cost model counts the same: convolutions, dense and recurrent layers, scores and
+    means of attention, whatever module or function runs them and as often as it runs. Biases,
+    norms, embeddings and what works number by number are free.
 
     Args:
         model: any module; it is left as it was.
-        batch: one batch, as the model takes it.
+        batch: one batch, as the model takes it; attention costs what its tokens make it cost.
 
     Returns:
-        MACs per sample.
+        MACs per sample; products that samples share, as of a table of positions, are shared out.
     """
-    counter = _Macs(batch_size(batch))
-    layers = [
-        m for m in model.modules() if is_linear(m) or is_depthwise(m) or isinstance(m, Counted)
-    ]
-    leaves = [m for m in layers if not list(m.children()) or is_parametrized(m)]
-    handles = [m.register_forward_hook(counter, with_kwargs=True) for m in leaves]
-    try:
-        with evaluating(model), torch.no_grad():
-            run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return counter.total
-
-
-class _Macs:
-    """The hook that sums."""
-
-    def __init__(self, samples: int) -> None:
-        self.samples, self.total = samples, 0
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> None:
-        read = first_tensor(args, kwargs)
-        if read is not None and isinstance(module, Counted):
-            self.total += module.macs(read) // self.samples
-        if read is None or not isinstance(out, Tensor) or isinstance(module, Counted):
-            return
-        # A weight holds out x in/groups x taps, and each position uses every element once.
-        grid = read if getattr(module, "transposed", False) else out
-        positions = grid.numel() // grid.shape[-1 if is_dense(module) else 1]
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        self.total += positions // self.samples * weight.numel()
+    return tallied(model, batch).total
 
 
 def latency(

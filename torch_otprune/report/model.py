@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, computed_field, model_validator
+from torch import nn
 
 from torch_otprune.errors import OTPruneError
 from torch_otprune.plan.model import Cost, Plan
+from torch_otprune.surgery.rebind import Optimizes, Rebound
 
 __all__ = [
     "Agreement",
@@ -33,6 +35,31 @@ _READ = (
     "this report was read from a file: it holds no dense tensors to go back to.",
     "call undo_ on the report that apply_ or prune_ returned, in the same process.",
 )
+_ELSEWHERE = (
+    "this report was undone, or read from a file: it knows no pruned model.",
+    "call rebind_ on the report that apply_ or prune_ returned, in the same process.",
+)
+
+
+class Follows(Protocol):
+    """What carries optimisers and averaged copies over a pruning, and back."""
+
+    def __call__(self, optimizers: Sequence[Optimizes], copies: Sequence[nn.Module]) -> Rebound:
+        """Do it, all or nothing."""
+
+    def release_(self) -> None:
+        """Bring them back."""
+
+
+@runtime_checkable
+class Lasting(Protocol):
+    """A way back that can be written to disk."""
+
+    def __call__(self) -> None:
+        """Go back."""
+
+    def save(self, directory: str | Path, *, shard: str | int) -> Path:
+        """Write it."""
 
 
 class _Frozen(BaseModel):
@@ -130,6 +157,7 @@ class Report(_Frozen):
 
     _undo: Callable[[], None] | None = PrivateAttr(default=None)
     _undone: bool = PrivateAttr(default=False)
+    _follows: Follows | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -152,17 +180,46 @@ class Report(_Frozen):
 
         return judge(self)
 
-    def bind_undo_(self, undo: Callable[[], None]) -> Report:
+    def bind_undo_(self, undo: Callable[[], None], follows: Follows | None = None) -> Report:
         """Hand over the way back.
 
         Args:
             undo: restores the dense model; called at most once.
+            follows: what `rebind_` calls.
 
         Returns:
             this report.
         """
-        self._undo, self._undone = undo, False
+        self._undo, self._undone, self._follows = undo, False, follows
         return self
+
+    def rebind_(self, *optimizers: Optimizes, ema: nn.Module | Iterable[nn.Module] = ()) -> Rebound:
+        """Let optimisers go on with the pruned model, all or nothing.
+
+        Parameters that live on are the same objects as before. State of their shape, and factors
+        of it, are cut as they were; what cannot be cut starts anew. What is gone leaves its
+        group, what is new joins the group of what stood in its place. Groups, and with them
+        schedulers and scalers, stay the same objects. A second call changes nothing.
+
+        `undo_` brings back the groups and the state that was cut or left; other state and all
+        options stay as they are then.
+
+        Args:
+            *optimizers: those that train the model, or wrappers of them.
+            ema: averaged copies of the dense model. They are pruned as well, and their average
+                starts again from the pruned model's values.
+
+        Returns:
+            what was done.
+
+        Raises:
+            OTPruneError: if an optimiser or a copy is of another model, the model was pruned
+                again since, or the report was undone or read from a file.
+        """
+        if self._follows is None:
+            problem, fix = _ELSEWHERE
+            raise OTPruneError(problem, where="Report.rebind_", fix=fix)
+        return self._follows(optimizers, (ema,) if isinstance(ema, nn.Module) else tuple(ema))
 
     def undo_(self) -> None:
         """Turn the pruned model back into the dense one, bit for bit.
@@ -174,7 +231,33 @@ class Report(_Frozen):
             problem, fix = _UNDONE if self._undone else _READ
             raise OTPruneError(problem, where="Report.undo_", fix=fix)
         self._undo()  # kept if it fails, so that the caller can try again
-        self._undo, self._undone = None, True
+        if self._follows is not None:
+            self._follows.release_()
+        self._undo, self._undone, self._follows = None, True, None
+
+    def save_undo(self, directory: str | Path, *, shard: str | int = "1GB") -> Path:
+        """Write the dense model to disk, so that `otp.undo_` brings it back in another process.
+
+        Call it before the model is pruned again, and before `undo_`.
+
+        Args:
+            directory: new, empty, or an earlier one of its kind, which is replaced.
+            shard: size above which the tensors are split into several files: bytes, or such as
+                "1GB".
+
+        Returns:
+            the directory: safetensors and JSON, about as large as the dense model.
+
+        Raises:
+            OTPruneError: if the report was undone or read from a file, the model was pruned
+                again since, or the directory is someone else's or cannot be written.
+        """
+        if not isinstance(self._undo, Lasting):
+            problem, fix = _UNDONE if self._undone else _READ
+            fix = fix.replace("call undo_ once", "call save_undo before undo_")
+            fix = fix.replace("call undo_ on", "call save_undo on")
+            raise OTPruneError(problem, where="Report.save_undo", fix=fix)
+        return self._undo.save(directory, shard=shard)
 
     def __eq__(self, other: object) -> bool:
         """Compare what was measured: a report that can undo equals its copy on disk."""

@@ -7,6 +7,7 @@ from itertools import takewhile
 
 __all__ = ["count", "error", "kept", "milliseconds", "short_names"]
 
+_LONGEST = 9  # characters of one step of a path that is told in full
 _UNITS = (("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
@@ -89,7 +90,17 @@ def short_names(names: Sequence[str], most: int = 46) -> list[str]:
     levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
     shared = takewhile(lambda level: len(set(level)) == 1, levels)
     start = sum(len(level[0]) + 1 for level in shared)
-    return [_clip(f"…{name[start:]}" if start else name, most) for name in names]
+    rest = [f"…{name[start:]}" if start else name for name in names]
+    cut = [_clip(name, most) for name in rest]
+    if len(set(cut)) == len(set(names)):
+        return cut
+    stems = (".".join(map(_stem, name.split("."))) if len(name) > most else name for name in rest)
+    return [_clip(name, most) for name in stems]
+
+
+def _stem(part: str) -> str:
+    """Leave the head and the tail of one step of a path."""
+    return part if len(part) <= _LONGEST else f"{part[:5]}…{part[-3:]}"
 
 
 def _clip(name: str, most: int) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from torch_otprune.statistics.filters import Filters, filters
+from torch_otprune.statistics.loose import flat_rows, stretches
 from torch_otprune.statistics.moments import Moments
 from torch_otprune.statistics.patches import full_weight, supported, taps
 from torch_otprune.statistics.sensitivity import Sensitivity
@@ -16,11 +19,8 @@ from torch_otprune.structure.graph import Graph, Group, Member
 from torch_otprune.structure.layers import (
     BatchNorm,
     Conv,
-    axis_of,
-    bare,
     kernel,
     norm_behind,
-    tensor,
 )
 from torch_otprune.structure.routing import around
 
@@ -41,6 +41,8 @@ class Consumer:
         absorbs: whether a bias or batch-norm behind it absorbs a constant.
         feel: how much the network's squared output grows with a squared error in each of its
             output channels, per sample; ones where it was not measured.
+        mean: average of what it reads; None without data.
+        signals: some of what it reads, one row each; None where no criterion asked.
     """
 
     path: str
@@ -48,6 +50,8 @@ class Consumer:
     second: Float[Tensor, "units taps units taps"] | None
     absorbs: bool
     feel: Float[Tensor, " out"]
+    mean: Float[Tensor, "units taps"] | None = None
+    signals: Float[Tensor, "rows units"] | None = None
 
     def felt(self) -> Float[Tensor, "out units taps"]:
         """Scale the weight so that squared errors come in units of the network's output."""
@@ -67,6 +71,7 @@ class Evidence:
         taylor: mean squared first-order change of the output when a unit is zeroed; None
             without data.
         seed: the policy's seed.
+        filters: what writes each unit, layer by layer, batch-norms folded in.
     """
 
     name: str
@@ -76,6 +81,7 @@ class Evidence:
     consumers: tuple[Consumer, ...]
     taylor: Float[Tensor, " units"] | None
     seed: int
+    filters: tuple[Filters, ...] = ()
 
 
 def gather(
@@ -87,6 +93,7 @@ def gather(
     sensitivity: Sensitivity | None,
     feel: bool = True,
     ties: frozenset[str] = frozenset(),
+    signals: Mapping[str, Tensor] | None = None,
     seed: int,
 ) -> Evidence:
     """Lay out all that is known about one group.
@@ -99,6 +106,7 @@ def gather(
         sensitivity: what the output feels; None if it was not measured.
         feel: whether consumers' errors are weighted by it.
         ties: modules that share tensors, as `layers.shared` lists them.
+        signals: rows of what consumers read, by consumer.
         seed: the policy's seed.
 
     Returns:
@@ -108,7 +116,11 @@ def gather(
     if group.kind == "experts":
         own, reader = _contents(model, group), _mixture(group, moments, felt)
         return Evidence(group.name, group.units, own, None, (reader,), None, seed)
-    readers = tuple(_consumer(model, graph, m, moments, felt, ties=ties) for m in group.consumers)
+    readers = tuple(
+        _heard(consumer, m, signals or {})
+        for m in group.consumers
+        for consumer in _consumers(model, graph, m, moments, felt, ties=ties)
+    )
     return Evidence(
         group.name,
         group.units,
@@ -117,7 +129,31 @@ def gather(
         readers,
         _taylor(group, sensitivity),
         seed,
+        filters(model, graph, group, ties=ties),
     )
+
+
+def _heard(consumer: Consumer, member: Member, signals: Mapping[str, Tensor]) -> Consumer:
+    """Add what the consumer was heard reading; a unit's channels are rows of their own."""
+    if consumer.path not in signals:
+        return consumer
+    heard = signals[consumer.path].double().cpu()[:, member.index]
+    return replace(consumer, signals=heard.transpose(1, 2).flatten(0, 1))
+
+
+def _consumers(
+    model: nn.Module,
+    graph: Graph,
+    member: Member,
+    moments: dict[str, Moments],
+    sensitivity: Sensitivity | None,
+    *,
+    ties: frozenset[str],
+) -> Iterator[Consumer]:
+    if _module(model, member.path) is None:
+        yield from _loose(model, member, moments, sensitivity)
+    else:
+        yield _consumer(model, graph, member, moments, sensitivity, ties=ties)
 
 
 def _unit_columns(member: Member, taps: int) -> Int[Tensor, "units taps"]:
@@ -134,14 +170,13 @@ def _consumer(
     *,
     ties: frozenset[str],
 ) -> Consumer:
-    module = _module(model, member.path)
-    if module is None:
-        return _unseen(model, member)
+    module = model.get_submodule(member.path)
     bias = getattr(module, "bias", None)
     absorbs = bias is not None or norm_behind(model, graph, member.path, ties) is not None
-    second = None
+    second = mean = None
     if member.path in moments:
         at = _unit_columns(member, taps(module))
+        mean = moments[member.path].mean.cpu()[at]
         chosen = moments[member.path].second(centred=absorbs).cpu()[at.flatten()][:, at.flatten()]
         second = chosen.view(*at.shape, *at.shape)
     weight = full_weight(module).cpu()[:, _unit_columns(member, kernel(module))]
@@ -150,7 +185,7 @@ def _consumer(
         feel = found.cpu()
     if not supported(module):
         weight, feel = _untapped(module, weight, feel)
-    return Consumer(member.path, weight, second, absorbs, feel)
+    return Consumer(member.path, weight, second, absorbs, feel, mean)
 
 
 def _mixture(
@@ -179,27 +214,52 @@ def _contents(model: nn.Module, group: Group) -> Float[Tensor, "units features"]
             rows = [torch.cat([p.flatten() for p in m.parameters()]).detach() for m in listed]
             parts.append(torch.stack(rows).double().cpu()[member.index].flatten(1))
         else:
-            parts.append(_rows(model, member.path)[member.index].flatten(1))
+            parts.append(flat_rows(model, member.path)[member.index].flatten(1))
     return torch.cat(parts, dim=1)
 
 
-def _unseen(model: nn.Module, member: Member) -> Consumer:
-    """Describe a consumer that is no layer of its own: its weights are known, its inputs not."""
-    # its inputs are taken as white, of size one, as they are behind a norm
-    weight = _rows(model, member.path).T[:, member.index]
-    feel = torch.ones(len(weight), dtype=torch.float64, device="cpu")
-    shape = member.index.shape
-    square = torch.eye(shape.numel(), dtype=torch.float64, device="cpu")
-    second = square.view(*shape, *shape)
-    return Consumer(member.path, weight, second, absorbs=False, feel=feel)
+def _loose(
+    model: nn.Module,
+    member: Member,
+    moments: dict[str, Moments],
+    sensitivity: Sensitivity | None,
+) -> Iterator[Consumer]:
+    """Describe a consumer that is no layer of its own: one for whatever reads the same input."""
+    weight = flat_rows(model, member.path).T
+    slopes = sensitivity.slope(member.path) if sensitivity is not None else None
+    for outs, second in _inputs(member.path, len(weight), moments):
+        own = weight[outs]
+        feel = torch.ones(len(own), dtype=torch.float64, device="cpu")
+        if second is not None and slopes is not None:
+            power = ((own @ second) * own).sum(1)
+            feel = slopes[outs] / power.clamp_min(1e-30)
+        # what nobody saw is taken as white, of size one, as it is behind a norm
+        known = (
+            torch.eye(weight.shape[1], dtype=own.dtype, device="cpu") if second is None else second
+        )
+        at, shape = member.index.flatten(), member.index.shape
+        chosen = known[at][:, at].view(*shape, *shape)
+        yield Consumer(member.path, own[:, member.index], chosen, absorbs=False, feel=feel)
 
 
-def _rows(model: nn.Module, path: str) -> Tensor:
-    """Read a bare parameter with the axis in question first, the others flattened."""
-    name = bare(path)[0]
-    owner, _, leaf = name.rpartition(".")
-    value = tensor(model.get_submodule(owner), leaf).double().cpu()
-    return value.movedim(axis_of(path, value.shape), 0).unsqueeze(-1).flatten(1)
+def _inputs(
+    path: str, outs: int, moments: dict[str, Moments]
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Tell the parts of a parameter's outputs that read the same, and the moments of that."""
+    found = list(stretches(path, moments))
+    rows = max((own.count for _, _, own in found), default=0)  # a rare input weighs little
+    every, told = torch.arange(outs, device="cpu"), list[tuple[list[Tensor], Moments]]()
+    for number, count, own in found:
+        part = every.view(count, -1)[number]
+        same = (p for p, m in told if m.count == own.count and m.product.equal(own.product))
+        if (parts := next(same, None)) is not None:
+            parts.append(part)
+        else:
+            told.append(([part], own))
+    for parts, own in told:
+        yield torch.cat(parts), (own.product / rows).cpu()
+    if not told:
+        yield every, None
 
 
 def _untapped(module: nn.Module, weight: Tensor, feel: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +275,7 @@ def _producers(model: nn.Module, group: Group) -> Tensor:
     for member in group.producers:
         module = _module(model, member.path)
         if module is None:
-            parts.append(_rows(model, member.path)[member.index].flatten(1))
+            parts.append(flat_rows(model, member.path)[member.index].flatten(1))
             continue
         weight = full_weight(module).cpu()
         weight = weight.T if isinstance(module, nn.Embedding) else weight

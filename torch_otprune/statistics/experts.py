@@ -38,6 +38,7 @@ def watch_experts(model: nn.Module, groups: Iterable[Group], recorder: Recorder)
     for group in groups:
         module = model.get_submodule(around(group))
         hook = _Without(model, group, recorder)
+        recorder.others[group.name] = group.units
         recorder.handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
 

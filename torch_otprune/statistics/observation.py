@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.statistics.depth import ChainEvidence, SiteEvidence
+from torch_otprune.statistics.loose import agreed, filed
 from torch_otprune.statistics.moments import Moments
 from torch_otprune.statistics.patches import columns, full_weight, supported
 from torch_otprune.statistics.recorder import Recorder
-from torch_otprune.statistics.reduce import all_sum_, ranks
+from torch_otprune.statistics.reduce import all_objects, all_sum_, ranks
 from torch_otprune.statistics.sensitivity import Sensitivity, sense
-from torch_otprune.structure.layers import channels, tensor
 
-__all__ = ["DRAWS", "Observation", "conclude"]
+__all__ = ["DRAWS", "Observation", "conclude", "summed"]
 
 DRAWS = 4
 
@@ -33,6 +33,7 @@ class Observation:
         samples: calibration samples seen, over all ranks.
         chains: what flows between blocks that may go, by the first block of each run.
         sites: what goes through activations that may become linear, by name.
+        signals: rows of what consumers read, by consumer; empty where nobody asked.
     """
 
     moments: Mapping[str, Moments]
@@ -40,6 +41,7 @@ class Observation:
     samples: int
     chains: Mapping[str, ChainEvidence] = field(default_factory=dict)
     sites: Mapping[str, SiteEvidence] = field(default_factory=dict)
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
 
     def chain(self, names: Sequence[str]) -> ChainEvidence:
         """Look up what is known about blocks that follow one another.
@@ -58,7 +60,7 @@ class Observation:
         Returns:
             16 hexadecimal digits; `none` where nothing was observed.
         """
-        if not (self.moments or self.chains or self.sites):
+        if not (self.moments or self.chains or self.sites or self.signals):
             return "none"
         lines = [f"{self.samples}"]
         for name in sorted(self.chains):
@@ -70,6 +72,9 @@ class Observation:
         for path in sorted(self.moments):
             found = self.moments[path]
             lines.append(f"{path} {found.count} {float(found.second(centred=False).trace()):.3e}")
+        for path in sorted(self.signals):
+            heard = self.signals[path]
+            lines.append(f"{path} {len(heard)} {float(heard.double().square().sum()):.3e}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -84,6 +89,7 @@ def conclude(
     samples: int,
     feel: bool,
     seed: int,
+    loose: Sequence[str] = (),
 ) -> Observation:
     """Close the books: probe the sensitivity and add everything up over ranks.
 
@@ -100,25 +106,37 @@ def conclude(
         samples: samples this rank saw.
         feel: whether the sensitivity is wanted.
         seed: the policy's seed.
+        loose: consumers that are no modules.
 
     Returns:
         the observation, equal on every rank.
     """
-    moments, total = recorder.moments, samples
-    if ranks() > 1:
-        moments, total = _summed(model, recorder, samples)
+    moments, total = summed(model, recorder, samples)
     found = None
     if feel and total:
         centres = {path: _centre(model, path, moments) for path in paths}
-        found = sense(model, centres, probes, draws=DRAWS, seed=seed)
+        found = sense(model, centres, probes, draws=DRAWS, seed=seed, loose=loose)
         if ranks() > 1:
-            _sum_sensitivity_(model, found)
+            _sum_sensitivity_(found)
     return Observation(dict(moments), found, total, chains, sites)
 
 
-def _summed(model: nn.Module, recorder: Recorder, samples: int) -> tuple[dict[str, Moments], int]:
-    """Add up over ranks what every rank has for every path: zeros where a layer did not run."""
-    moments = {path: _copy(model, recorder, path) for path in recorder.paths}
+def summed(model: nn.Module, recorder: Recorder, samples: int) -> tuple[dict[str, Moments], int]:
+    """Add up over ranks what every rank has for every path: zeros where a layer did not run.
+
+    Args:
+        model: the model.
+        recorder: what this rank's hooks gathered; left as it was.
+        samples: samples this rank saw.
+
+    Returns:
+        the moments, on one rank the recorder's own, and the samples of all ranks.
+    """
+    if ranks() == 1:
+        return recorder.moments, samples
+    widths = {path: columns(model.get_submodule(path)) for path in recorder.paths}
+    widths |= agreed(all_objects(dict(recorder.others)))
+    moments = {path: _copy(recorder, path, width) for path, width in widths.items()}
     counts = torch.tensor(
         [samples, *(m.count for m in moments.values())], dtype=torch.float64, device="cpu"
     )
@@ -128,12 +146,11 @@ def _summed(model: nn.Module, recorder: Recorder, samples: int) -> tuple[dict[st
     return {path: m for path, m in moments.items() if m.count}, int(counts[0])
 
 
-def _copy(model: nn.Module, recorder: Recorder, path: str) -> Moments:
-    if path in recorder.moments:
-        own = recorder.moments[path]
-        return Moments(own.total.clone(), own.product.clone(), own.count)
-    module = model.get_submodule(path)
-    return Moments.empty(columns(module), tensor(module, "weight").device)
+def _copy(recorder: Recorder, name: str, width: int) -> Moments:
+    own = filed(recorder.moments, name)
+    if own is None:
+        return Moments.empty(width, torch.device("cpu"))
+    return Moments(own.total.clone(), own.product.clone(), own.count)
 
 
 def _centre(model: nn.Module, path: str, moments: Mapping[str, Moments]) -> Tensor | None:
@@ -146,17 +163,15 @@ def _centre(model: nn.Module, path: str, moments: Mapping[str, Moments]) -> Tens
     return mean if bias is None else mean + bias.detach().double()
 
 
-def _sum_sensitivity_(model: nn.Module, found: Sensitivity) -> None:
-    ran = [float(path in found.felt) for path in found.paths]
-    power = found.power.new_tensor([float(found.power), found.samples, *ran])
-    for path in found.paths:
-        module = model.get_submodule(path)
-        device = tensor(module, "weight").device
-        for table, side in found.tables():
-            zeros = torch.zeros(channels(module, side) or 0, dtype=torch.float64, device=device)
-            table.setdefault(path, zeros)
-    all_sum_([power, *(table[path] for path in found.paths for table, _ in found.tables())])
+def _sum_sensitivity_(found: Sensitivity) -> None:
+    """Add up over ranks what any of them felt: zeros where a layer did not run."""
+    mine = [{path: len(value) for path, value in table.items()} for table in found.tables()]
+    every = all_objects(mine)
+    power = found.power.new_tensor([float(found.power), found.samples])
+    all_sum_([power])
     found.power, found.samples = power[0], int(power[1])
-    for path, times in zip(found.paths, power[2:].tolist(), strict=True):
-        for table, _ in found.tables() if not times else ():
-            del table[path]
+    for number, table in enumerate(found.tables()):
+        sizes = {path: size for told in every for path, size in told[number].items()}
+        for path, size in sizes.items():
+            table.setdefault(path, torch.zeros(size, dtype=torch.float64, device="cpu"))
+        all_sum_(table[path] for path in sorted(sizes))

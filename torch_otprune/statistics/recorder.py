@@ -18,12 +18,12 @@ from torch_otprune.statistics.patches import columns, pick, positions, rows
 from torch_otprune.structure.forward import first_tensor
 from torch_otprune.structure.graph import Graph
 
-__all__ = ["Recorder", "check_memory", "consumers", "quote"]
+__all__ = ["FLOOR", "Recorder", "check_memory", "consumers", "quote"]
 
 _log = logging.getLogger(__name__)
 
 _NOTHING: Mapping[str, int] = MappingProxyType({})
-_FLOOR = 8  # positions per sample at least: fewer would see one corner of the image
+FLOOR = 8  # positions per sample at least: fewer would see one corner of the image
 
 
 def consumers(graph: Graph, names: Iterable[str] | None = None) -> tuple[str, ...]:
@@ -61,6 +61,7 @@ def check_memory(
     limit: float,
     *,
     streams: Mapping[str, int] = _NOTHING,
+    others: Mapping[str, int] = _NOTHING,
 ) -> None:
     """Refuse statistics that would not fit.
 
@@ -69,12 +70,14 @@ def check_memory(
         paths: the layers to observe.
         limit: how much they may take, in GiB.
         streams: run of removable blocks to what its rows take, in bytes.
+        others: what else is observed, by name, with its columns.
 
     Raises:
         CalibrationError: naming the widest layers.
     """
     parts = [(quote(model, [path]), f"'{path}'") for path in paths]
     parts += [(size, f"the stream at '{name}'") for name, size in streams.items()]
+    parts += [(Moments.bytes(width), f"'{name}'") for name, width in others.items()]
     size = sum(part for part, _ in parts)
     _log.info("statistics will take %s", _binary(size))
     if size <= limit * 2**30:
@@ -85,6 +88,10 @@ def check_memory(
         where=f"Calibration.memory = {limit:g}; {', '.join(sizes)}",
         fix="raise Calibration.memory, or ignore the layers that feed the widest ones.",
     )
+
+
+def _nothing() -> None:
+    """Begin nothing."""
 
 
 def _binary(size: int) -> str:
@@ -118,7 +125,10 @@ class Recorder:
         self.samples, self.rows_per_column, self.seed = samples, rows_per_column, seed
         self.active = True
         self.window: tuple[int, int] | None = None
+        self.batch = 0, 0  # samples in it, and how many count
         self.moments: dict[str, Moments] = {}
+        self.others: dict[str, int] = {}  # what else is filed with them, and its columns
+        self.begin: Callable[[], None] = _nothing  # for what is hooked when the model runs already
         self.at: dict[tuple[str, int], Tensor] = {}
         self.handles = [
             model.get_submodule(path).register_forward_pre_hook(_See(self, path), with_kwargs=True)
@@ -135,7 +145,7 @@ class Recorder:
             size: samples in the batch.
             samples: how many of them to observe, from the first.
         """
-        self.active = samples > 0
+        self.active, self.batch = samples > 0, (size, max(samples, 0))
         self.window = (size, samples) if samples < size else None
 
     def remove(self) -> None:
@@ -187,7 +197,7 @@ class Recorder:
         key = path, positions(module, x)  # batches may differ in size
         if key not in self.at:
             per_sample = ceil(self.rows_per_column * columns(module) / self.samples)
-            self.at[key] = pick(key[1], max(per_sample, _FLOOR), path, self.seed)
+            self.at[key] = pick(key[1], max(per_sample, FLOOR), path, self.seed)
         return self.at[key]
 
 

@@ -22,8 +22,7 @@ from torch_otprune.structure.forward import (
     outside_inference,
     run,
 )
-from torch_otprune.structure.graph import Side
-from torch_otprune.structure.layers import Conv
+from torch_otprune.structure.layers import Conv, axis_of, leaf_of
 from torch_otprune.structure.mute import exchanged
 from torch_otprune.structure.wiring import first_of
 
@@ -45,6 +44,7 @@ class Sensitivity:
         self.felt: dict[str, Tensor] = {}
         self.spread: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
+        self.slopes: dict[str, Tensor] = {}
         self.power = torch.zeros((), dtype=torch.float64, device="cpu")
         self.samples = 0
         self.draws = draws
@@ -68,9 +68,23 @@ class Sensitivity:
             return None
         return self.felt[path] / self.spread[path].clamp_min(1e-30)
 
-    def tables(self) -> tuple[tuple[dict[str, Tensor], Side], ...]:
-        """List all that adds up over ranks, by consumer, with the side its channels are on."""
-        return (self.felt, "out"), (self.spread, "out"), (self.inputs, "in")
+    def slope(self, path: str) -> Float[Tensor, " outs"] | None:
+        """Tell how much the squared output changes with what a bare parameter's outputs carry.
+
+        Args:
+            path: a consumer that is no module.
+
+        Returns:
+            squared change of the output per sample, for each output at its full size; None where
+            it was not measured, or no gradient came by.
+        """
+        if path not in self.slopes or not bool(self.slopes[path].any()):
+            return None
+        return self.slopes[path].cpu() / max(self.samples * self.draws, 1)
+
+    def tables(self) -> tuple[dict[str, Tensor], ...]:
+        """List all that adds up over ranks, by consumer."""
+        return self.felt, self.spread, self.inputs, self.slopes
 
 
 def sense(
@@ -80,6 +94,7 @@ def sense(
     *,
     draws: int,
     seed: int,
+    loose: Sequence[str] = (),
 ) -> Sensitivity:
     """Probe how the network's output moves when a consumer's output is perturbed.
 
@@ -95,6 +110,7 @@ def sense(
         batches: a few batches.
         draws: random sign vectors.
         seed: chooses them.
+        loose: consumers that are no modules, by path; each sample is run once more for these.
 
     Returns:
         the sums.
@@ -106,21 +122,24 @@ def sense(
         for batch in batches:
             for piece in chunks(batch):
                 _probe(model, found, piece, centres, draws=draws, seed=seed)
+            for piece in chunks(batch, 1) if loose else ():
+                _probe_loose(model, found, piece, loose, draws=draws, seed=seed)
     return found
 
 
-def chunks(batch: Any) -> Iterator[Any]:
+def chunks(batch: Any, most: int = _CHUNK) -> Iterator[Any]:
     """Cut a batch into pieces so small that gradients through the whole network fit.
 
     Args:
         batch: as for `run`.
+        most: samples in a piece.
 
     Yields:
-        batches of at most 16 samples.
+        batches of at most so many samples.
     """
     size = batch_size(batch)
-    for start in range(0, size, _CHUNK):
-        stop = start + _CHUNK
+    for start in range(0, size, most):
+        stop = start + most
         yield map_tensors(
             batch, lambda t, a=start, b=stop: t[a:b] if t.dim() and len(t) == size else t
         )
@@ -177,6 +196,36 @@ def _probe(
             if dx is not None and dz is not None:
                 rows = [_rows(t, axis) for t in (x, z, dx, dz)]
                 _collect(found, path, rows, centres[path])
+
+
+def _probe_loose(
+    model: nn.Module,
+    found: Sensitivity,
+    piece: Any,
+    paths: Sequence[str],
+    *,
+    draws: int,
+    seed: int,
+) -> None:
+    """Probe parameters that somebody else multiplies with, on one sample.
+
+    What an output of the parameter carries, times what the network feels of it, summed over
+    positions, is the parameter's row times its gradient; and its column times its gradient the
+    same of what it reads.
+    """
+    leaves = [leaf_of(model, path) for path in paths]
+    outputs = [t for t in flat_tensors(run(model, piece)) if t.requires_grad]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for draw in range(draws if outputs else 0):
+        drawn = [signs(t, generator) for t in outputs]
+        slopes = slopes_of(outputs, leaves, drawn, more=draw + 1 < draws)
+        for path, leaf, slope in zip(paths, leaves, slopes, strict=True):
+            if slope is not None:
+                each = (leaf.detach().double() * slope.double()).movedim(
+                    axis_of(path, leaf.shape), 0
+                )
+                _add(found.slopes, path, each.sum(0).flatten().square())
+                _add(found.inputs, path, each.flatten(1).sum(1).square())
 
 
 def slopes_of(

@@ -2,92 +2,131 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torch_otprune.errors import LoadError, OTPruneError
-from torch_otprune.fold import linearize_, refold_
+from torch_otprune.errors import LoadError
 from torch_otprune.plan.model import Plan
-from torch_otprune.store.files import PLAN, WEIGHTS, Saved, digest, format_of, transient
+from torch_otprune.store.atomic import rescued
+from torch_otprune.store.carry import carry_, places, replace_
+from torch_otprune.store.files import PLAN, Saved, opened
+from torch_otprune.store.fill import Places, chains_of, fill_, finish_, fit_chains_
+from torch_otprune.store.parts import Parts, describe, difference, put_back_, without
 from torch_otprune.store.plans import remember
+from torch_otprune.store.shards import check_shards, tensors_of
 from torch_otprune.structure.fingerprint import fingerprint, layout
-from torch_otprune.surgery import cut_, exchange_, take_out_
 
-__all__ = ["load"]
+__all__ = ["build", "check_parts", "first_difference", "load", "placed", "shapes"]
 
 
-def load(directory: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Module:
+def load(
+    directory: str | Path,
+    *,
+    factory: Callable[[], nn.Module],
+    device: str | torch.device | None = None,
+    strict: bool = True,
+) -> nn.Module:
     """Rebuild a pruned model: the factory's dense model, cut by the plan, with the saved tensors.
+
+    The factory's values are let go before the saved ones are read, a tensor at a time: memory
+    holds the dense model or the pruned one, whichever is larger. A factory that builds on the
+    meta device (`with torch.device("meta")`) costs nothing.
 
     Args:
         directory: what `save` wrote.
         factory: builds the dense model with its original shapes; its weights do not matter. For
             a model pruned twice, let it load the first result.
+        device: where all tensors go; None for where the factory puts them, and for the CPU if
+            that is the meta device.
+        strict: whether classes and plain attributes of the factory's model must be those of the
+            one that was pruned; if not, only tensors are compared.
 
     Returns:
-        a new module on the factory's device, in the saved types, ties and training flags.
+        a new module in the saved types, ties, plain attributes and training flags.
 
     Raises:
         LoadError: if the directory is incomplete, damaged or not ours, or the factory builds
-            another model than the one that was pruned.
+            another model than the one that was pruned. No pickle is ever opened.
     """
-    root = Path(directory)
-    saved = _read(root)
-    tensors = _read_weights(root, saved)
-    model = _build(factory)
-    _check_dense(model, saved)
-    cut_(model, saved.plan.cuts)
-    exchange_(model, saved.plan.drops)
-    linearize_(model, saved.plan.lines)
-    refold_(model, saved.plan.foldings)
-    take_out_(model, saved.plan.compacted)
-    _check_pruned(model, saved)
-    _fill_(model, tensors, saved)
-    for path, module in model.named_modules():
-        module.training = saved.training != (path in saved.exceptions)
-    remember(model, saved.plan, saved.dense)
+    root, home = rescued(Path(directory)), placed(device, where="load(device=)")
+    page = _page(root)
+    try:
+        return _load(root, factory, home, strict=strict)
+    except LoadError:
+        if _page(root) == page:
+            raise
+    return _load(root, factory, home, strict=strict)  # another process had just replaced it
+
+
+def _page(root: Path) -> bytes | None:
+    try:
+        return (root / PLAN).read_bytes()
+    except OSError:
+        return None
+
+
+def _load(
+    root: Path, factory: Callable[[], nn.Module], device: torch.device | None, *, strict: bool
+) -> nn.Module:
+    saved = opened(root, Saved)
+    headers = check_shards(root, saved)
+    with torch.inference_mode(mode=False):  # its tensors could never be trained again
+        model = build(factory, where="load")
+        _check_dense(model, saved, factory, strict=strict)
+        home = _emptied_(model, saved)
+        chains = chains_of(model)
+        carry_(model, saved.plan)
+        fit_chains_(model, saved, chains)
+        _check_pruned(model, saved)
+        tensors = tensors_of(root, saved, headers)
+        fill_(model, Places(model, device, home), saved, tensors)
+        finish_(model, saved)
+        _say_again_(model, saved, strict=strict)
+    remember(model, saved.plan, saved.dense, parts=saved.dense_parts)
     return model
 
 
-def _read(root: Path) -> Saved:
-    for name in (PLAN, WEIGHTS):
-        if not (root / name).is_file():
-            raise _damaged(root, f"there is no {name}", "pass a directory that otp.save wrote.")
-    if format_of(root / PLAN) != "torch_otprune":
-        raise _damaged(root, f"its {PLAN} is cut short or not ours", "save the model again.")
-    content = json.loads((root / PLAN).read_text(encoding="utf-8"))
+def placed(device: str | torch.device | None, *, where: str) -> torch.device | None:
+    """Make sure that tensors can go to a device.
+
+    Args:
+        device: as a user writes it.
+        where: what to name in an error.
+
+    Returns:
+        the device; None for None.
+
+    Raises:
+        LoadError: if there is no such device here, or it holds no values.
+    """
+    if device is None:
+        return None
     try:
-        saved = Saved.model_validate(content)
-    except (ValueError, OTPruneError) as error:
-        reason = str(error).splitlines()[0]
-        fix = "load it with the library version it names, or save the model again."
-        raise _damaged(root, f"its {PLAN} cannot be read: {reason}", fix) from error
-    # Hashed as written: a later library may add fields with defaults.
-    text = json.dumps(content["plan"], sort_keys=True, separators=(",", ":"))
-    if hashlib.sha256(text.encode()).hexdigest() != saved.plan_hash:
-        raise _damaged(root, "its plan was edited: the hash differs", "save the model again.")
-    return saved
+        found = torch.empty(0, device=device).device
+        reason = "holds no values" if found.type == "meta" else ""
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = f"cannot be used: {str(error).splitlines()[0].rstrip('.')}"
+    if reason:
+        raise LoadError(
+            f"the device {str(device)!r} {reason}.",
+            where=where,
+            fix="name a device of this machine, such as 'cpu' or 'cuda'.",
+        )
+    return found
 
 
-def _read_weights(root: Path, saved: Saved) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    if digest(root / WEIGHTS) != saved.weights:
-        reason = f"its {WEIGHTS} is truncated or from another save: the hash differs"
-        raise _damaged(root, reason, "copy the directory again, both files together.")
-    return load_file(root / WEIGHTS)
-
-
-def _damaged(root: Path, reason: str, fix: str) -> LoadError:
-    return LoadError(f"this is no saved model: {reason}.", where=str(root), fix=fix)
+def _emptied_(model: nn.Module, saved: Saved) -> torch.device:
+    """Let go of the factory's values where no step needs them; tell where they were."""
+    homes = {tensor.device for _, _, tensor in places(model) if not tensor.is_meta}
+    if len(homes) == 1 and saved.parts is not None:
+        replace_(model, lambda t: t if t.is_meta else torch.empty_like(t, device="meta"))
+    return homes.pop() if len(homes) == 1 else torch.device("cpu")
 
 
-def _called(factory: Callable[[], nn.Module]) -> object:
+def _called(factory: Callable[[], nn.Module], where: str) -> object:
     if not callable(factory):
         return None
     try:
@@ -95,38 +134,76 @@ def _called(factory: Callable[[], nn.Module]) -> object:
     except Exception as error:  # the user's code may raise anything
         raise LoadError(
             f"calling the factory failed: {type(error).__name__}: {error}",
-            where=f"load, factory {getattr(factory, '__name__', factory)}",
+            where=f"{where}, factory {getattr(factory, '__name__', factory)}",
             fix="pass a callable without arguments, such as `lambda: Net(width=64)`.",
         ) from error
 
 
-def _build(factory: Callable[[], nn.Module]) -> nn.Module:
-    model = _called(factory) if not isinstance(factory, nn.Module) else None
+def build(factory: Callable[[], nn.Module], *, where: str) -> nn.Module:
+    """Call a factory.
+
+    Args:
+        factory: builds a model.
+        where: what to name in an error.
+
+    Returns:
+        the model.
+
+    Raises:
+        LoadError: if it fails, or builds no module.
+    """
+    model = _called(factory, where) if not isinstance(factory, nn.Module) else None
     if not isinstance(model, nn.Module):
         raise LoadError(
             f"the factory is a {type(factory).__name__} that builds no module when called.",
-            where="load, factory",
+            where=f"{where}, factory",
             fix="pass a callable that builds the dense model, such as the model's class.",
-        )
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise LoadError(
-            "the factory builds its model on the meta device.",
-            where="load, factory",
-            fix="build it on a real device.",
         )
     return model
 
 
-def _check_dense(model: nn.Module, saved: Saved) -> None:
-    if fingerprint(model) == saved.plan.fingerprint:
+def _check_dense(
+    model: nn.Module, saved: Saved, factory: Callable[[], nn.Module], *, strict: bool
+) -> None:
+    where = f"load, factory of {type(model).__name__}"
+    if fingerprint(model) != saved.plan.fingerprint:
+        known = first_difference(layout(model), saved.dense) if saved.dense else None
+        raise LoadError(
+            known
+            or _missing(model, saved.plan)
+            or "the factory's model has other tensors than the one that was pruned.",
+            where=where,
+            fix="pass a factory that builds the dense model exactly as it was when pruned.",
+        )
+    if strict and saved.dense_parts is not None:
+        check_parts(model, saved.dense_parts, factory, where=where)
+
+
+def check_parts(
+    model: nn.Module, parts: Parts, factory: Callable[[], nn.Module], *, where: str
+) -> None:
+    """Compare classes and plain attributes with those of the model that was pruned.
+
+    Args:
+        model: what the factory built.
+        parts: of the dense model that was pruned.
+        factory: built again in doubt: what two builds do not agree on says nothing.
+        where: what to name in an error.
+
+    Raises:
+        LoadError: naming the first module and attribute that differ.
+    """
+    found = describe(model)
+    if difference(found, parts) is None:
         return
-    known = _difference(layout(model), saved.dense) if saved.dense else None
-    difference = known or _missing(model, saved.plan)
-    raise LoadError(
-        difference or "the factory's model has other tensors than the one that was pruned.",
-        where=f"load, factory of {type(model).__name__}",
-        fix="pass a factory that builds the dense model exactly as it was when pruned.",
-    )
+    found = without(found, describe(build(factory, where=where)))
+    if (apart := difference(found, parts)) is not None:
+        raise LoadError(
+            apart.told("the factory's model", "the saved one"),
+            where=where,
+            fix="pass the factory that built the pruned model, or strict=False to let what the "
+            "saved model says prevail.",
+        )
 
 
 def _missing(model: nn.Module, plan: Plan) -> str | None:
@@ -143,7 +220,7 @@ def _missing(model: nn.Module, plan: Plan) -> str | None:
 
 def _check_pruned(model: nn.Module, saved: Saved) -> None:
     """Compare shapes after the cut; types may have been changed since and are restored."""
-    if difference := _difference(_shapes(layout(model)), _shapes(saved.tensors)):
+    if difference := first_difference(shapes(layout(model)), shapes(saved.tensors)):
         raise LoadError(
             difference,
             where=f"load, {type(model).__name__} after its cut",
@@ -151,43 +228,43 @@ def _check_pruned(model: nn.Module, saved: Saved) -> None:
         )
 
 
-def _shapes(described: Mapping[str, str]) -> dict[str, str]:
-    return {name: description.split(":")[0] for name, description in described.items()}
+def shapes(described: Mapping[str, str]) -> dict[str, str]:
+    """Leave the types out of a layout."""
+    return {name: description.partition(":")[0] for name, description in described.items()}
 
 
-def _difference(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
-    """Name the first tensor that differs."""
+def first_difference(
+    here: Mapping[str, str], there: Mapping[str, str], *, of: str = "the factory's model"
+) -> str | None:
+    """Name the first tensor in which two layouts differ.
+
+    Args:
+        here: one layout.
+        there: the saved one.
+        of: what the one is called.
+
+    Returns:
+        a sentence; None where they are equal.
+    """
     for name in sorted(here.keys() | there.keys()):
         if name not in there:
-            return f"the factory's model has '{name}', the saved one has not."
+            return f"{of} has '{name}', the saved one has not."
         if name not in here:
-            return f"the factory's model has no '{name}', the saved one has."
+            return f"{of} has no '{name}', the saved one has."
         if here[name] != there[name]:
-            return f"'{name}' is {here[name]} in the factory's model, {there[name]} in the saved."
+            return f"'{name}' is {here[name]} in {of}, {there[name]} in the saved."
     return None
 
 
-def _fill_(model: nn.Module, tensors: Mapping[str, Tensor], saved: Saved) -> None:
-    """Assign every stored tensor, tied ones as one object under all their names."""
-    places: dict[str, Tensor] = {**model.state_dict(keep_vars=True), **transient(model)}
-    values: dict[str, Tensor] = {}
-    for name, place in places.items():
-        stored = saved.aliases.get(name, name)
-        if stored not in values and stored in tensors:
-            value = _arranged(tensors[stored], saved.strides.get(stored)).to(place.device)
-            tied = isinstance(place, nn.Parameter)
-            values[stored] = nn.Parameter(value, place.requires_grad) if tied else value
-        if stored in values:
-            values[name] = values[stored]
-    for name in saved.transient:
-        owner, _, leaf = name.rpartition(".")
-        if name in values:
-            setattr(model.get_submodule(owner), leaf, values.pop(name))
-    model.load_state_dict(values, strict=True, assign=True)
-
-
-def _arranged(tensor: Tensor, stride: tuple[int, ...] | None) -> Tensor:
-    """Lay a tensor out in memory as it was: a copy to a device keeps dense formats."""
-    if stride is None:
-        return tensor
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+def _say_again_(model: nn.Module, saved: Saved, *, strict: bool) -> None:
+    """Put plain attributes back that were changed after the pruning."""
+    if saved.parts is None:
+        return
+    put_back_(model, saved.parts)
+    apart = difference(describe(model), saved.parts)
+    if strict and apart is not None:
+        raise LoadError(
+            apart.told("the loaded model", "the saved one"),
+            where=f"load, {type(model).__name__} after its cut",
+            fix="make the same change in the factory, or pass strict=False to go without it.",
+        )

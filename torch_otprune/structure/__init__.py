@@ -20,7 +20,7 @@ from torch_otprune.structure.graph import (
     Tail,
     Term,
 )
-from torch_otprune.structure.trace import check, trace
+from torch_otprune.structure.trace import check, trace, trace_head
 
 __all__ = [
     "Blocked",
@@ -41,4 +41,5 @@ __all__ = [
     "map_tensors",
     "run",
     "trace",
+    "trace_head",
 ]

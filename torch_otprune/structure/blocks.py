@@ -13,6 +13,7 @@ from torch_otprune.structure.flow import Flow, Visit
 from torch_otprune.structure.graph import Block, Blocked, Swap
 from torch_otprune.structure.layers import is_dense
 from torch_otprune.structure.levels import levelled, listed
+from torch_otprune.structure.skips import fitting
 from torch_otprune.structure.wiring import first_of, stream_of, wiring_of
 
 __all__ = ["adds_two", "find_blocks", "norms_of_sums"]
@@ -261,7 +262,7 @@ class _Search:
         axis = self._axis(branch.stream, end)
         size = written.shape[axis]
         zero = Swap(end.path, "zero", wiring, size, axis, like=self._linear(branch.end) or "")
-        skips = self._skips(branch, end)
+        skips = self._skips(branch, end, axis)
         self.ends[end.path] = branch.stream, self.notes.ops[branch.number].writes[0]
         channels = self.notes.shapes[branch.stream][axis]
         joint = branch.order, self.notes.ops[branch.number].reads.index(branch.stream)
@@ -299,9 +300,10 @@ class _Search:
             if whole and visit.path and self.calls[visit.path] == 1:
                 yield visit
 
-    def _skips(self, branch: _Branch, end: Visit) -> Iterator[Swap]:
+    def _skips(self, branch: _Branch, end: Visit, axis: int) -> Iterator[Swap]:
         """Yield the modules that only work for the branch, so that their work is saved too."""
         covered: list[Visit] = [end]
+        found: dict[str, Swap] = {}
         for visit in self._within(branch):
             nested = any(v.first <= visit.first and visit.last <= v.last for v in covered)
             stream, wiring = stream_of(visit.args, visit.kwargs), wiring_of(visit)
@@ -309,7 +311,9 @@ class _Search:
                 continue
             if any(True for _ in self.model.get_submodule(visit.path).parameters()):
                 covered.append(visit)
-                yield Swap(visit.path, "skip", wiring)
+                found[visit.path] = Swap(visit.path, "skip", wiring)
+        fit = fitting(self.notes, covered[1:], end, axis=axis)
+        yield from (found[visit.path] for visit in fit)
 
     def _leaks_from(self, visit: Visit, branch: _Branch) -> bool:
         for number in range(visit.first, visit.last):

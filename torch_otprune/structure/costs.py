@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
+from torch_otprune.structure.coupling import Component
 from torch_otprune.structure.graph import CostModel, Dim, Group, Side, Term
 from torch_otprune.structure.layers import (
     Conv,
@@ -15,73 +18,98 @@ from torch_otprune.structure.layers import (
     axis_of,
     bare,
     channels,
-    holder,
     is_depthwise,
-    is_linear,
-    kernel,
-    tensor,
 )
-from torch_otprune.structure.probe import Probe
 from torch_otprune.structure.routing import numbered
+from torch_otprune.structure.tally import Tally
 
 __all__ = ["cost_models", "uncounted"]
 
 
-def cost_models(model: nn.Module, groups: Sequence[Group], notes: Probe) -> dict[str, CostModel]:
+def cost_models(
+    model: nn.Module, groups: Sequence[Group], found: Sequence[Component], tally: Tally
+) -> dict[str, CostModel]:
     """Write both costs as polynomials in the groups' kept widths.
 
     Args:
         model: the dense model.
         groups: what can be cut.
-        notes: how often and on how many positions each layer ran.
+        found: the coupled sets that the groups were made of.
+        tally: what a run of the model multiplied.
 
     Returns:
-        `params` (unique elements of parameters) and `macs` (multiply-accumulates per sample,
-        biases and norms not counted).
+        `params` (unique elements of parameters) and `macs` (multiply-accumulates per sample of
+        all products of matrices as the example ran them; biases, norms and what works number by
+        number are not counted).
     """
     widths = _Widths(model, groups)
-    macs = [
-        _mac_term(name, module, notes.positions[name], widths)
-        for name, module in model.named_modules()
-        if name in notes.positions
-    ] + [Term(name, own, ()) for name, own in notes.macs.items()]
     params = [_size_term(name, p.shape, widths) for name, p in model.named_parameters()]
     params += _gone(model, groups, params)
-    macs += _gone(model, groups, macs)
+    macs = [*tally.terms(_whose(groups, found, tally), [(g.name, g.units) for g in groups])]
+    macs += _gone(model, [g for g in groups if not _shared(model, g, tally)], macs)
     return {
         "params": CostModel("params", tuple(params)),
-        "macs": CostModel("macs", tuple(macs)),
+        "macs": CostModel("macs", tuple(macs), tuple(sorted(tally.left_out))),
     }
 
 
-def uncounted(model: nn.Module, groups: Iterable[Group]) -> tuple[str, ...]:
-    """Say whose products no MACs are counted of: matrices that are no layer of their own.
+def uncounted(cost: CostModel) -> tuple[str, ...]:
+    """Say what no MACs are counted of: ops that multiply inside and do not say how.
 
     Args:
-        model: the dense model.
-        groups: what can be cut.
+        cost: of the model.
 
     Returns:
         one sentence, or none.
     """
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    found = {
-        holder(m.path, modules)
-        for m in (m for group in groups for m in group.members if m.side in ("in", "out"))
-        if (leaf := parameters.get(bare(m.path)[0])) is not None and leaf.dim() > 1
-    }
-    if not found:
+    if not cost.left_out:
         return ()
-    names = sorted(found)
-    shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
-    return (f"MACs leave out the products inside {shown}; parameters count them",)
+    shown = ", ".join(map(repr, cost.left_out[:3]))
+    more = f" and {len(cost.left_out) - 3} more ops" if cost.left_out[3:] else ""
+    return (f"MACs leave out the products inside of {shown}{more}",)
+
+
+def _whose(
+    groups: Sequence[Group], found: Sequence[Component], tally: Tally
+) -> npt.NDArray[np.int64]:
+    """Find the group of every label that names a set of coupled channels."""
+    whose = np.full(len(tally.roots), -1)
+    known = defaultdict[str, list[tuple[Side, Component]]](list)
+    for component in found:
+        for path, side in component.sides:
+            known[path].append((side, component))
+    # where experts lie in one table, their rows are units of a group of its own: that one wins
+    for number, group in sorted(enumerate(groups), key=lambda each: each[1].kind != "experts"):
+        for member in group.members:
+            unit = np.zeros(member.size, dtype=bool)
+            unit[member.index.numpy()] = True
+            for side, component in known[member.path]:
+                if member.side in (side, "expert"):
+                    first = component.sides[member.path, side][:, 0].numpy()
+                    whose[component.roots[unit[first]]] = number
+    return whose
+
+
+def _shared(model: nn.Module, group: Group, tally: Tally) -> bool:
+    """Tell whether listed experts share the tokens: the others take over what one did."""
+    if not group.least:
+        return False
+    known = dict(model.named_modules())
+    lists = [m.path for m in group.members if m.side == "expert" and m.path in known]
+    router = next(bare(m.path)[0] for m in group.members if m.side == "out")
+    tokens = tally.rows[router if router in known else router.rpartition(".")[0]]
+    firsts = (
+        next((rows for at, rows in tally.rows.items() if at.startswith(f"{path}.{name}.")), 0)
+        for path in lists
+        for name in known[path]._modules
+    )
+    return any(rows < tokens for rows in firsts)
 
 
 def _gone(model: nn.Module, groups: Sequence[Group], terms: Sequence[Term]) -> list[Term]:
     """Take off what listed experts cost, all alike, for each that goes.
 
-    Exact as long as not both experts and widths of single ones are cut. Where experts share the
-    tokens among them, the others take over what one did: that costs what it did.
+    Exact as long as not both experts and widths of single ones are cut.
 
     Returns:
         terms to add, negative ones.
@@ -171,13 +199,3 @@ def _computed(name: str) -> str:
     """Name the tensor that a parametrisation computes from a parameter; else the parameter."""
     *owner, last = name.split("parametrizations.")
     return f"{owner[0]}{last.partition('.')[0]}" if owner else name
-
-
-def _mac_term(name: str, module: nn.Module, positions: int, widths: _Widths) -> Term:
-    if is_depthwise(module):
-        out = widths.axes.get((f"{name}.weight", 0), Dim(channels(module, "out") or 0))
-        return Term(name, positions * kernel(module), (out,))
-    assert is_linear(module)
-    shape = tensor(module, "weight").shape
-    dims = [widths.axes.get((f"{name}.weight", axis), Dim(shape[axis])) for axis in (0, 1)]
-    return Term(name, positions * kernel(module), tuple(dims))

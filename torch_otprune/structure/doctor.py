@@ -60,6 +60,9 @@ class Ward(_Frozen):
         "norm takes as one), `experts`",
     )
     units: int = Field(gt=0)
+    least: int = Field(
+        default=0, description="experts that must stay: as many as the router chooses for one token"
+    )
     producers: tuple[str, ...] = Field(description="modules that lose output channels")
     carriers: tuple[str, ...] = Field(description="modules that carry them one to one")
     consumers: tuple[str, ...] = Field(description="modules that lose input channels")
@@ -221,7 +224,9 @@ def _ward(
 ) -> Ward:
     less = {**full, group.name: group.units - 1}
     freed = {
-        measure: sum(term.at(full) - term.at(less) for term in felt.get((measure, group.name), ()))
+        measure: round(
+            sum(term.at(full) - term.at(less) for term in felt.get((measure, group.name), ()))
+        )
         for measure in ("params", "macs")
     }
     carriers = [m for m in group.members if m.side == "through"]
@@ -229,6 +234,7 @@ def _ward(
         group=group.name,
         kind=group.kind,
         units=group.units,
+        least=group.least,
         producers=tuple(m.path for m in group.producers),
         carriers=tuple(m.path for m in carriers),
         consumers=tuple(m.path for m in group.consumers),

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from torch_otprune.structure.coupling import Component
 from torch_otprune.structure.graph import Blocked, Group, Member
@@ -20,6 +20,14 @@ _MATRIX = 2  # axes of a router's weight; a table of experts has one more
 _UP = 2  # how many modules around a router its experts are looked for in
 
 
+@dataclass(frozen=True, eq=False)
+class _Stretch:
+    """An axis of a parameter, and which of its places each expert has."""
+
+    path: str
+    index: Tensor
+
+
 @dataclass(frozen=True)
 class _Experts:
     """Where the experts of one mixture are.
@@ -27,10 +35,12 @@ class _Experts:
     Args:
         tables: parameters with one entry per expert along their first axis.
         lists: module lists with one entry per expert.
+        flat: axes of parameters along which experts lie one behind the other, and the rows of each.
     """
 
     tables: tuple[str, ...]
     lists: tuple[str, ...]
+    flat: tuple[_Stretch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,12 +100,25 @@ def _idle(entries: nn.Module, path: str, ran: Container[str]) -> bool:
 
 def _found(model: nn.Module, found: Iterable[Component]) -> dict[_Experts, list[_Router]]:
     several: dict[_Experts, list[_Router]] = defaultdict(list)
+    stretches = list(_stretches(model, found))
     for component in found:
         for path, size in _outputs(model, component) if "route" in component.kinds else ():
-            experts = _beside(model, path, size)
+            experts = _beside(model, path, size, stretches)
             if experts is not None:
                 several[experts].append(_Router(path, component))
     return several
+
+
+def _stretches(model: nn.Module, found: Iterable[Component]) -> Iterator[tuple[_Stretch, ...]]:
+    """List the sets of many places each that only bare parameters have: maybe experts laid flat."""
+    paths = _paths(model)
+    for component in found:
+        sides = component.sides
+        wide = all(index.shape[1] > 1 for index in sides.values()) and not component.reasons
+        if wide and not any(path in paths for path, _ in sides):
+            first = next(iter(sides.values()))
+            order = first.amin(1).argsort()
+            yield tuple(_Stretch(path, index[order]) for (path, _), index in sides.items())
 
 
 def unequal(entries: nn.Module) -> bool:
@@ -124,7 +147,9 @@ def _matrix(model: nn.Module, path: str) -> int | None:
     return leaf.shape[axis_of(path, leaf.shape)]
 
 
-def _beside(model: nn.Module, router: str, size: int) -> _Experts | None:
+def _beside(
+    model: nn.Module, router: str, size: int, stretches: Iterable[tuple[_Stretch, ...]]
+) -> _Experts | None:
     """Look for as many experts in the modules around a router, nearest first."""
     own = bare(router)[0] if ":" in router or router not in _paths(model) else router
     scope = own
@@ -135,6 +160,9 @@ def _beside(model: nn.Module, router: str, size: int) -> _Experts | None:
         experts = _Experts(_tables(model, scope, own, size), _lists(model, scope, own, size))
         if experts.tables or experts.lists:
             return experts
+        inside = (s for s in stretches if all(_within(bare(one.path)[0], scope) for one in s))
+        if flat := next((s for s in inside if len(s[0].index) == size), None):
+            return _Experts((), (), flat)
     return None
 
 
@@ -183,7 +211,7 @@ def _judged(model: nn.Module, experts: _Experts, routers: list[_Router]) -> Grou
 
 def _name(experts: _Experts) -> str:
     """Call a mixture after the module that holds its experts, or after their first parameter."""
-    first = [*experts.lists, *experts.tables][0]
+    first = [*experts.lists, *experts.tables, *(bare(one.path)[0] for one in experts.flat)][0]
     return first if experts.lists else first.rpartition(".")[0] or first
 
 
@@ -222,6 +250,9 @@ def _members(model: nn.Module, experts: _Experts, routers: list[_Router]) -> tup
         shape = dict(model.named_parameters())[table].shape
         path = table if bare_axis(shape) == 0 else f"{table}:0"
         found.setdefault((path, "expert"), Member(path, "expert", each, size))
+    for flat in experts.flat:
+        count = _size(model, flat.path, "expert")
+        found[flat.path, "expert"] = Member(flat.path, "expert", flat.index.contiguous(), count)
     for path in experts.lists:
         found[path, "expert"] = Member(path, "expert", each, size)
     return tuple(sorted(found.values(), key=lambda m: m.side != "out"))

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_otprune.structure.forward import evaluating, run
 
-__all__ = ["Enter", "Flow", "Leave", "Op", "Visit", "flow", "tensors"]
+__all__ = ["Enter", "Flow", "Following", "Leave", "Op", "Visit", "flow", "tensors"]
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,9 @@ def flow(model: nn.Module, example: Any) -> Flow:
     Returns:
         the notes.
     """
-    watch = _Watch(model)
+    watch = Following(model)
     with evaluating(model), torch.no_grad(), watch:
-        output = run(model, example)
-        watch.notes.returned = frozenset(watch.node(t) for t in tensors(output))
+        watch.end(run(model, example))
     return watch.notes
 
 
@@ -142,8 +141,12 @@ def tensors(tree: Any) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
-class _Watch(TorchFunctionMode):
-    """Number tensors and ops as they come by."""
+class Following(TorchFunctionMode):
+    """Number tensors and ops as they come by.
+
+    Args:
+        model: what will run.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -153,7 +156,7 @@ class _Watch(TorchFunctionMode):
         self.open: list[Visit] = []
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> Following:
         for name, module in self.model.named_modules():
             self.handles += [
                 module.register_forward_pre_hook(Enter(self, name), with_kwargs=True),
@@ -191,6 +194,14 @@ class _Watch(TorchFunctionMode):
         notes.maker.update(dict.fromkeys(writes, number))
         for node in reads:
             notes.readers.setdefault(node, []).append(number)
+
+    def end(self, output: Any) -> None:
+        """Note what the model returned.
+
+        Args:
+            output: of the run; not over yet, so that every tensor still has its number.
+        """
+        self.notes.returned = frozenset(self.node(t) for t in tensors(output))
 
     def node(self, tensor: Tensor) -> int:
         """Number a tensor as it is now."""

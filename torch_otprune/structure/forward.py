@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +32,8 @@ __all__ = [
     "run",
     "run_checked",
     "shapes",
+    "uncollected",
+    "unpacked",
 ]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -165,6 +170,11 @@ def map_tensors(tree: Any, function: Any) -> Any:
         return type(tree)(*(map_tensors(value, function) for value in tree))
     if isinstance(tree, (tuple, list)):
         return type(tree)(map_tensors(value, function) for value in tree)
+    if _is_record(tree):
+        twin = copy.copy(tree)  # a frozen one, too; its fields may not be what __init__ takes
+        for name, value in vars(tree).items():
+            object.__setattr__(twin, name, map_tensors(value, function))
+        return twin
     return tree
 
 
@@ -205,7 +215,11 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | N
 
 
 def _is_record(tree: Any) -> bool:
-    return hasattr(tree, "__dataclass_fields__") and not isinstance(tree, (Mapping, Call))
+    """Recognise what holds named values: a dataclass with a `__dict__`, a simple namespace."""
+    if isinstance(tree, (type, Mapping, Call)):
+        return False
+    named = hasattr(tree, "__dataclass_fields__") and hasattr(tree, "__dict__")
+    return named or isinstance(tree, SimpleNamespace)
 
 
 def batch_size(batch: Any) -> int:
@@ -287,6 +301,46 @@ def outside_inference() -> Iterator[None]:
 
 
 @contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep Python from looking for cycles: many small objects live until an analysis is over.
+
+    Yields:
+        nothing.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Keep every `TransformerEncoder` from packing padded texts into nested tensors.
+
+    These have no shape, and pass the layers by. What stands at padded places is another number
+    meanwhile: what the layers make of it, where nested tensors would leave zeros.
+
+    Args:
+        model: any module.
+
+    Yields:
+        nothing.
+    """
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    packing = [encoder for encoder in encoders if encoder.use_nested_tensor]
+    for encoder in packing:
+        encoder.use_nested_tensor = False
+    try:
+        yield
+    finally:
+        for encoder in packing:
+            encoder.use_nested_tensor = True
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode, and back; the random state is left as it was.
 
@@ -301,7 +355,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         model.eval()
         try:
-            yield
+            with unpacked(model):
+                yield
         finally:
             for module, mode in modes:
                 module.training = mode

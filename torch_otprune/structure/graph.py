@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
+
+from torch_otprune.structure.cost import CostModel, Dim, Term
 
 __all__ = [
     "Block",
@@ -228,98 +229,6 @@ class Tail:
 
     modules: tuple[str, ...] = ()
     added: bool = False
-
-
-@dataclass(frozen=True)
-class Dim:
-    """One axis of a tensor: `fixed` channels that stay plus `width` for each kept unit."""
-
-    fixed: int
-    by_group: tuple[tuple[str, int], ...] = ()
-
-    def at(self, keep: Mapping[str, int]) -> int:
-        """Evaluate the axis at kept unit counts."""
-        return self.fixed + sum(width * keep[name] for name, width in self.by_group)
-
-
-@dataclass(frozen=True)
-class Term:
-    """A product of axes: the size of one tensor or the MACs of one layer."""
-
-    owner: str
-    scale: int
-    dims: tuple[Dim, ...]
-
-    def at(self, keep: Mapping[str, int]) -> int:
-        """Evaluate the product at kept unit counts."""
-        total = self.scale
-        for dim in self.dims:
-            total *= dim.at(keep)
-        return total
-
-
-_NOTHING: Mapping[str, int] = MappingProxyType({})
-_NO_WIDTHS: Mapping[str, Dim] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """A cost as an exact function of how many units each group keeps.
-
-    A layer between two pruned groups costs the product of both widths, so the whole is a
-    multilinear polynomial with integer coefficients, evaluated without rounding.
-
-    Args:
-        measure: `params` or `macs`.
-        terms: what is summed.
-    """
-
-    measure: str
-    terms: tuple[Term, ...]
-
-    def at(self, keep: Mapping[str, int]) -> int:
-        """Sum the terms at kept unit counts.
-
-        Args:
-            keep: kept units of every group.
-
-        Returns:
-            the cost in units of `measure`.
-        """
-        return sum(term.at(keep) for term in self.terms)
-
-    def gated(
-        self,
-        blocks: Sequence[Block],
-        stand_ins: Mapping[str, int] = _NOTHING,
-        widths: Mapping[str, Dim] = _NO_WIDTHS,
-    ) -> CostModel:
-        """Make what blocks cost depend on whether they stay: a width of one or none.
-
-        Args:
-            blocks: what may go.
-            stand_ins: block to the cost, at the dense width, of what stands in for it once it is
-                gone; it grows with the channels of the stream.
-            widths: block to these channels, where some may be cut.
-
-        Returns:
-            the same cost with a further axis, named after the block, in each of its terms.
-        """
-        gates = [(block, Dim(0, ((block.name, 1),))) for block in blocks]
-        terms = (
-            replace(t, dims=(*(gate for b, gate in gates if b.holds(t.owner)), *t.dims))
-            for t in self.terms
-        )
-        instead = (
-            Term(
-                b.name,
-                stand_ins[b.name] // b.channels,
-                (Dim(1, ((b.name, -1),)), widths.get(b.name, Dim(b.channels))),
-            )
-            for b in blocks
-            if stand_ins.get(b.name)
-        )
-        return CostModel(self.measure, (*terms, *instead))
 
 
 @dataclass(frozen=True)

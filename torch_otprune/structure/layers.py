@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Container, Sequence
 from math import prod
@@ -13,7 +12,6 @@ from torch_otprune.structure.graph import Graph, Side
 
 __all__ = [
     "NORMS",
-    "Counted",
     "TokenNorm",
     "axes",
     "axis_of",
@@ -27,27 +25,13 @@ __all__ = [
     "is_linear",
     "is_token_norm",
     "kernel",
+    "leaf_of",
     "norm_behind",
     "norms_behind",
     "shared",
     "tensor",
     "widths_of",
 ]
-
-
-class Counted(nn.Module, ABC):
-    """A module that says itself what its bare matrices cost."""
-
-    @abstractmethod
-    def macs(self, x: Tensor) -> int:
-        """Count the multiply-accumulates of one call.
-
-        Args:
-            x: what it reads.
-
-        Returns:
-            of the whole batch.
-        """
 
 
 Conv = nn.modules.conv._ConvNd
@@ -212,6 +196,22 @@ def tensor(module: nn.Module, name: str) -> Tensor:
     value = getattr(module, name)
     assert isinstance(value, Tensor), f"{type(module).__name__}.{name} is no tensor"
     return value.detach()
+
+
+def leaf_of(model: nn.Module, path: str) -> Tensor:
+    """Find a bare parameter or buffer, as the model holds it.
+
+    Args:
+        model: the model.
+        path: as for `bare`.
+
+    Returns:
+        the parameter itself.
+    """
+    owner, _, name = bare(path)[0].rpartition(".")
+    value = getattr(model.get_submodule(owner), name)
+    assert isinstance(value, Tensor), f"'{path}' is no tensor"
+    return value
 
 
 def kernel(module: nn.Module) -> int:

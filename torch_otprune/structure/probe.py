@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
+from torch_otprune.structure.flow import Following
 from torch_otprune.structure.forward import Call, batch_size, evaluating, flat_tensors, run
 from torch_otprune.structure.graph import Tail
-from torch_otprune.structure.layers import BatchNorm, Counted, is_dense, is_depthwise, is_linear
+from torch_otprune.structure.layers import BatchNorm, is_dense, is_depthwise, is_linear
 
 __all__ = ["Probe", "probe", "summands"]
 
@@ -33,7 +35,6 @@ class Probe:
         positions: output positions per sample of each convolution or dense layer, over all calls.
         tails: linear layer to what its output passes next.
         outputs: output shape of each leaf's first call.
-        macs: multiply-accumulates per sample of each module that counts its own, over all calls.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
@@ -41,7 +42,6 @@ class Probe:
     positions: dict[str, int] = field(default_factory=dict)
     tails: dict[str, Tail] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    macs: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Probe) -> None:
         """Take over what another pass showed of leaves that did not run in this one.
@@ -51,24 +51,28 @@ class Probe:
         """
         missing = [name for name in other.order if name not in self.calls]
         self.order += missing
-        tables = ("calls", "positions", "tails", "outputs", "macs")
+        tables = ("calls", "positions", "tails", "outputs")
         for mine, theirs in ((getattr(self, t), getattr(other, t)) for t in tables):
             mine |= {name: theirs[name] for name in missing if name in theirs}
 
 
-def probe(model: nn.Module, example: Any) -> Probe:
+def probe(model: nn.Module, example: Any, *, beside: Following | None = None) -> Probe:
     """Run the model once on an example and note what happens where.
 
     Args:
         model: any module; it is left as it was.
         example: one batch.
+        beside: who else takes notes of the same run.
 
     Returns:
         the notes.
     """
     watch = _Watch(model, batch_size(example))
-    with evaluating(model), torch.no_grad(), watch:
-        watch.read(run(model, example))  # what the caller gets, the caller uses
+    with evaluating(model), torch.no_grad(), beside or nullcontext(), watch:
+        output = run(model, example)
+        watch.read(output)  # what the caller gets, the caller uses
+        if beside is not None:
+            beside.end(output)
     return watch.notes
 
 
@@ -191,8 +195,6 @@ class _Watch(TorchFunctionMode):
         notes.calls[name] = notes.calls.get(name, 0) + 1
         if notes.calls[name] == 1:
             notes.order.append(name)
-        if isinstance(module, Counted) and given:
-            notes.macs[name] = notes.macs.get(name, 0) + module.macs(given[0]) // self.samples
         if not isinstance(out, Tensor):
             return
         notes.outputs.setdefault(name, tuple(out.shape))

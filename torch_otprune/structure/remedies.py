@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Obstacle", "obstacles", "remedy"]
+__all__ = ["Obstacle", "counted", "obstacles", "remedy"]
 
 _LEAVE = "nothing, if the output's width is the task's; otherwise add a head."
 _BEHIND = "put a linear layer between these channels and the op, or leave them."
 _PLACES = "nothing: these are places, as of pixels or tokens, and no channels."
 _OTHER = "call the op in a module of its own behind a linear layer, or leave these channels."
+_MISSED = "report the model: its analysis misses an op."
 # The start of a reason, as the analysis says it, to what would take it away.
 _REMEDIES = {
     "they reach the model's output": _LEAVE,
@@ -48,11 +49,13 @@ _REMEDIES = {
 }
 _ANYWHERE = {
     "are one tensor": "untie the weights.",
-    "model does not run": "let forward read sizes off its tensors, as x.shape[1], where it counts "
-    "channels by a number of its own.",
-    "outputs differ by": "report the model: its analysis misses an op.",
+    "model does not run": "write -1 or x.shape[..] where forward counts by a number of its own.",
+    "outputs differ by": "where forward picks or writes channels by a number, as x[:, :4], let it "
+    f"read that number off x.shape; otherwise {_MISSED}",
+    "the model returns": _MISSED,
     "did not run": "pass an example that reaches it, or remove it from the model.",
 }
+_LINE = re.compile(r"\(at (?P<line>\S+:\d+)\)$")
 _PLACED = re.compile(r"^(?P<said>.*?) \(op (?P<op>\S+?)(?: at (?P<line>\S+:\d+))?\)$")
 # What torch calls inside of the layers that people write.
 _WORDS = {
@@ -120,6 +123,34 @@ def _fix(clause: str) -> str:
         if clause.startswith(start):
             return fix
     return next((fix for words, fix in _ANYWHERE.items() if words in clause), _OTHER)
+
+
+def counted(said: str, sizes: Sequence[int]) -> str:
+    """Say how a line of the model that fails once channels are gone could be freed of its number.
+
+    Args:
+        said: why the smaller model fails, as the trial says it.
+        sizes: what may be counted there, the likeliest first: units, then channels.
+
+    Returns:
+        one sentence.
+
+    Example:
+        >>> shape = "shape '[2, 4, 8]' is invalid for input of size 32"
+        >>> counted(f"the model does not run: {shape} (at net.py:9)", (4,))
+        'at net.py:9, write -1 or x.shape[..] instead of the number 4.'
+    """
+    if "model does not run" not in said:
+        return _fix(said)
+    place = _LINE.search(said)
+    head = said[: place.start()] if place else said
+    there = set(map(int, re.findall(r"\d+", head)))
+    number = next((f"the number {size}" for size in sizes if size in there), "a number")
+    if "invalid for input of size" in head:  # a view or a reshape
+        where = f"at {place['line']}" if place else "where forward counts channels"
+        return f"{where}, write -1 or x.shape[..] instead of {number}."
+    where = f"at {place['line']} or in front of it" if place else "where forward counts channels"
+    return f"{where}, read the width off a tensor, as x.shape[..], instead of writing {number}."
 
 
 def remedy(reasons: Iterable[str]) -> str:

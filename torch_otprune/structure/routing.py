@@ -110,7 +110,7 @@ class Routing(TorchDispatchMode):
         if route.cut:
             return out
         gone = sorted(set(range(route.size)) - set(route.keep))
-        index = torch.tensor(gone, device=out.device)
+        index = torch.tensor(gone, dtype=torch.int64, device=out.device)
         mask = torch.zeros_like(out, dtype=torch.bool).index_fill(axis, index, value=True)
         return self._note(out.masked_fill(mask, _NEVER), mask)
 

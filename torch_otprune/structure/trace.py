@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import traceback
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +18,30 @@ from torch_otprune.errors import OTPruneError, StructureError
 from torch_otprune.structure.blocks import find_blocks, norms_of_sums
 from torch_otprune.structure.costs import cost_models
 from torch_otprune.structure.coupling import Component, Sides, components
+from torch_otprune.structure.eager import check, check_example
 from torch_otprune.structure.experts import mixtures, unreached
-from torch_otprune.structure.flow import flow
-from torch_otprune.structure.forward import first_line, map_tensors, outside_inference, shapes
+from torch_otprune.structure.flow import Following
+from torch_otprune.structure.forward import (
+    batch_size,
+    evaluating,
+    first_line,
+    flat_tensors,
+    head,
+    map_tensors,
+    outside_inference,
+    run,
+    shapes,
+    uncollected,
+)
 from torch_otprune.structure.graph import Blocked, Graph, Group, Kind, Member
-from torch_otprune.structure.layers import axes, axis_of, bare, channels, is_linear
+from torch_otprune.structure.layers import axes, axis_of, bare, channels, is_depthwise, is_linear
 from torch_otprune.structure.probe import Probe, probe
 from torch_otprune.structure.remedies import remedy
 from torch_otprune.structure.routing import Visits
 from torch_otprune.structure.sites import find_sites
+from torch_otprune.structure.tally import Tally, tallied
 
-__all__ = ["check", "trace"]
+__all__ = ["check", "check_counts", "trace", "trace_head"]
 
 
 def trace(model: nn.Module, example: Any, *, channels: bool = True) -> Graph:
@@ -44,21 +60,26 @@ def trace(model: nn.Module, example: Any, *, channels: bool = True) -> Graph:
             sharded, scripted or compiled, or does not run on the example.
     """
     check(model, weights=False)
-    with outside_inference():
-        example = map_tensors(example, lambda t: t.clone() if t.is_inference() else t)
-        before = _objects(model)
-        notes = _probe(model, example)
-        _check_unchanged(model, before)
-        found = components(model, example, idle=_idle(model, notes)) if channels else []
-        if routes := unreached(model, found, notes.calls):
-            for more in Visits(routes).runs(lambda: _probe(model, example)):
-                notes.add(more)
-            idle = _idle(model, notes)
-            found = components(model, example, idle=idle, visits=Visits(routes))
-        ops = flow(model, example)
-    blocks, stuck = find_blocks(model, ops)
+    with uncollected(), outside_inference():
+        return _traced(model, example, channels=channels)
+
+
+def _traced(model: nn.Module, example: Any, *, channels: bool) -> Graph:
+    example = map_tensors(example, lambda t: t.clone() if t.is_inference() else t)
+    before = _objects(model)
+    ops = Following(model)
+    notes = _probe(model, example, beside=ops)
+    _check_unchanged(model, before)
+    tally = Tally(model, batch_size(example)) if channels else tallied(model, example)
+    look = partial(components, model, example, tally=tally)
+    found = look(idle=_idle(model, notes)) if channels else []
+    if routes := unreached(model, found, notes.calls):
+        for more in Visits(routes).runs(lambda: _probe(model, example)):
+            notes.add(more)
+        found = look(idle=_idle(model, notes), visits=Visits(routes))
+    blocks, stuck = find_blocks(model, ops.notes)
     groups, blocked = _assemble(model, found, notes, taken={block.name for block in blocks})
-    costs = cost_models(model, groups, notes)
+    costs = cost_models(model, groups, found, tally)
     linear = tuple(n for n in notes.order if n in notes.positions)
     repeated = frozenset(n for n, calls in notes.calls.items() if calls > 1)
     return Graph(
@@ -70,93 +91,85 @@ def trace(model: nn.Module, example: Any, *, channels: bool = True) -> Graph:
         costs,
         blocks=blocks,
         stuck=stuck,
-        norms=norms_of_sums(model, ops),
-        sites=find_sites(model, ops),
+        norms=norms_of_sums(model, ops.notes),
+        sites=find_sites(model, ops.notes),
     )
 
 
-def check(model: nn.Module, *, weights: bool = True) -> None:
-    """Refuse models that cannot be cut at all.
+def trace_head(
+    model: nn.Module, batch: Any, samples: int, *, channels: bool = True
+) -> tuple[Graph, Any]:
+    """Trace a model on the first samples of a batch, and on all of it where that fails.
+
+    A model may insist on the size of its batch; and an error should name the user's own shapes.
 
     Args:
-        model: any module.
-        weights: whether their values are needed; an analysis by shapes needs none.
+        model: any module with parameters; it is read, never written.
+        batch: as the model takes it.
+        samples: how many are enough.
+        channels: as for `trace`.
+
+    Returns:
+        the graph, and what the model ran on.
 
     Raises:
-        StructureError: with the reason.
+        StructureError: as `trace` raises it.
     """
-    where = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise StructureError(
-            f"the model is of type {where}.", where="model", fix="pass a torch.nn.Module."
-        )
-    for name, module in model.named_modules():
-        _check_eager(f"'{name}'" if name else "the model", module, where)
-    parameters = list(model.parameters())
-    if not parameters:
-        raise StructureError(
-            "the model has no parameters.", where=where, fix="pass the trained module."
-        )
-    if weights and any(p.is_meta for p in parameters):
-        raise StructureError(
-            "the model is on the meta device: its weights do not exist.",
-            where=where,
-            fix="materialise it with model.to_empty(device='cpu') and load its weights.",
-        )
-    if any(p.is_inference() for p in parameters):
-        raise StructureError(
-            "the model was built under torch.inference_mode().",
-            where=where,
-            fix="build it outside: such parameters can be neither analysed nor trained.",
-        )
+    check_example(model, batch, on=False)
+    some = _own(head(batch, samples))
+    try:
+        return trace(model, some, channels=channels), some
+    except StructureError:
+        if batch_size(batch) <= samples:
+            raise
+    every = _own(batch)
+    return trace(model, every, channels=channels), every
 
 
-def _check_eager(name: str, module: nn.Module, where: str) -> None:
-    if isinstance(module, torch.jit.ScriptModule):
-        raise StructureError(
-            f"{name} is scripted.", where=where, fix="prune the eager model, then script it."
-        )
-    # a forward that was compiled by itself runs no hook inside
-    alone = "_torchdynamo_orig_callable" in getattr(module.forward, "__dict__", {})
-    if alone or module._compiled_call_impl is not None or _is_optimised(module):
-        raise StructureError(
-            f"{name} is compiled.", where=where, fix="prune the eager model, then compile it."
-        )
-    if _is_quantised(module):
-        raise StructureError(
-            f"{name} is a quantised {type(module).__name__}.",
-            where=where,
-            fix="prune the float model, then quantise it.",
-        )
-    if _is_sharded(module):
-        raise StructureError(
-            f"{name} is sharded: this process holds a part of its weights only.",
-            where=where,
-            fix="prune the whole model before FSDP or fully_shard wraps it, then shard that.",
-        )
+def check_counts(model: nn.Module, batch: Any, samples: int) -> None:
+    """Refuse a forward that counts samples by a number: statistics need other batches as well.
+
+    Args:
+        model: any module; it is left as it was.
+        batch: as the user gives it; where the model does not run on it either, nothing is said.
+        samples: another number of them.
+
+    Raises:
+        StructureError: naming the line.
+    """
+    error = _failure(model, head(batch, samples))
+    if error is None or batch_size(batch) <= samples or _failure(model, batch) is not None:
+        return
+    raise StructureError(
+        f"the model runs on {batch_size(batch)} samples, but not on {samples} of them: "
+        f"{first_line(error)}.",
+        where=f"{type(model).__name__}{_place(error)}, batch of shape {shapes(batch)}",
+        fix="write -1 or x.shape[0] where forward gives the size of the batch as a number.",
+    ) from error
 
 
-_SHARDED = ("torch.distributed.fsdp", "torch.distributed.tensor")
-_QUANTISERS = frozenset("auto_gptq awq bitsandbytes gptqmodel hqq quanto torchao".split())
+def _failure(model: nn.Module, batch: Any) -> Exception | None:
+    try:
+        with evaluating(model), torch.no_grad():
+            run(model, batch)
+    except Exception as error:  # noqa: BLE001  # forward is the user's: it may raise anything
+        return error
+    return None
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    """Tell layers and weights that hold integers, torch's or another library's."""
-    own = [type(p) for p in module.parameters(recurse=False)]
-    rooms = [kind.__module__ for kind in (type(module), *own)]
-    return any("quantized" in room or room.split(".")[0] in _QUANTISERS for room in rooms)
+def _place(error: BaseException) -> str:
+    """Name the line of the user's code that failed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not any(f"/{r}/" in f.filename for r in _LIBRARIES)]
+    return f" at {Path(theirs[-1].filename).name}:{theirs[-1].lineno}" if theirs else ""
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    own = [type(p).__module__ for p in module.parameters(recurse=False)]
-    rooms = [*(kind.__module__ for kind in type(module).__mro__), *own]
-    return any(room.startswith(_SHARDED) for room in rooms)
+_LIBRARIES = ("torch", "torch_otprune", "jaxtyping", "beartype")
 
 
-def _is_optimised(module: nn.Module) -> bool:
-    """Tell what `torch.compile` returns; it cannot exist before its package was imported."""
-    compiler = sys.modules.get("torch._dynamo.eval_frame")
-    return compiler is not None and isinstance(module, compiler.OptimizedModule)
+def _own(batch: Any) -> Any:
+    with outside_inference():
+        return map_tensors(batch, lambda t: t.detach().clone())
 
 
 def _objects(model: nn.Module) -> dict[str, Any]:
@@ -174,17 +187,28 @@ def _check_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
         )
 
 
-def _probe(model: nn.Module, example: Any) -> Probe:
+def _probe(model: nn.Module, example: Any, *, beside: Following | None = None) -> Probe:
     try:
-        return probe(model, example)
+        return probe(model, example, beside=beside)
     except OTPruneError:  # it has said it better
         raise
     except Exception as error:  # forward is the user's: it may raise anything
+        check_example(model, example)
+        one = " " if flat_tensors(example) else " of tensors, such as next(iter(loader)), "
         raise StructureError(
             f"the model does not run on the example: {first_line(error)}",
             where=f"{type(model).__name__}, example of shape {shapes(example)}",
-            fix="pass a batch as the model's forward takes it.",
+            fix=f"pass a batch{one}as the model's forward takes it{_asked(model, error)}.",
         ) from error
+
+
+def _asked(model: nn.Module, error: Exception) -> str:
+    """Name what forward takes, where it was not called with that."""
+    if not isinstance(error, TypeError) or not first_line(error).startswith(type(model).__name__):
+        return ""
+    called = signature(model.forward)
+    bare = [p.replace(annotation=p.empty) for p in called.parameters.values()]
+    return f": forward{called.replace(parameters=bare, return_annotation=called.empty)}"
 
 
 def _assemble(
@@ -200,6 +224,7 @@ def _assemble(
     groups, blocked, shared = [], [], _tied(model)
     for component in found:
         if not any(side == "out" for _, side in component.sides):
+            blocked += _unwritten(modules, component)
             continue
         members = _members(modules, component.sides, rank)
         name, paths, units = _name(members), tuple(m.path for m in members), len(members[0].index)
@@ -220,6 +245,20 @@ def _assemble(
     return _unique(groups, taken), blocked
 
 
+def _unwritten(modules: Mapping[str, Any], component: Component) -> list[Blocked]:
+    """Say of depthwise layers on the input's own channels why these cannot go."""
+    paths = [path for path, side in component.sides if side == "through"]
+    deep = [path for path in paths if is_depthwise(modules[bare(path)[0]])]
+    if not deep:
+        return []
+    told = "; ".join(_telling(component.reasons | {_GIVEN}))
+    every = tuple(dict.fromkeys(path for path, _ in component.sides))
+    return [Blocked(deep[0], every, told, "put a convolution before it, whose channels can go.")]
+
+
+_GIVEN = "no layer writes them: they are the input's channels, or copies of these"
+
+
 def _mixed(
     groups: list[Group], blocked: list[Blocked], experts: Iterable[Group | Blocked]
 ) -> tuple[list[Group], list[Blocked]]:
@@ -227,6 +266,7 @@ def _mixed(
     for one in experts:
         paths = {m.path for m in one.members} if isinstance(one, Group) else {*one.modules}
         blocked = [b for b in blocked if not paths >= set(b.modules)]
+        groups = [g for g in groups if not paths >= {m.path for m in g.members}]
         (groups if isinstance(one, Group) else blocked).append(one)  # type: ignore[arg-type]
     return groups, blocked
 

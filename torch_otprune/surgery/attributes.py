@@ -24,6 +24,7 @@ __all__ = ["changes"]
 _HEADS = re.compile(r"heads?$|^n_?heads?$|nheads?$")
 _SHARED = re.compile(r"key_value_groups|n_rep$")
 _GROUPS = re.compile(r"^n(um)?_?groups$")
+_STREAM = "d_model"  # the width of all heads together has other names
 _INNER = re.compile(r"inter|inner|ffn|ff_|ff$|mlp|expert|expan|all_head|proj|split")
 _OUT = re.compile(r"^(nf|out|output)")
 _IN = re.compile(r"^(nx|in_|input|hidden|embed)")
@@ -204,6 +205,8 @@ def _follow(case: _Case, room: nn.Module, key: str, value: Any, *, near: bool) -
     if _NEVER.search(key) or _HEADS.search(key) or not near:
         return None
     sizes = {w.old: w.new for w in case.widths if w.old > 1}
+    if key == _STREAM and value in _uncut_sides(case, room):
+        return None
     if not case.heads:
         stay = _uncut_sides(case, room)
         if not _INNER.search(key):

@@ -5,13 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from torch_otprune.surgery.layout import is_config
 
 __all__ = ["Change", "Configs"]
+
+
+@runtime_checkable
+class _Strict(Protocol):
+    """A configuration that compares its fields with one another."""
+
+    def validate(self) -> None:
+        """Raise where they contradict each other."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +100,46 @@ class Configs:
                     _set(made, key, self.shared[id(value)][1])
         for path, module in self.modules.items():
             config = self.of(path)
-            if config is None:
+            if config is None or _computes(module):
                 continue
             now = self.shared.get(id(config), (config, config))[1]
+            if not path and now is not config:
+                now = _accepted(config, now)
             if path in self.own:
                 now = copy.copy(now)
                 for key, value in self.own[path].items():
                     _set(now, key, value)
             if now is not config:
                 yield Change(module, "config", now)
+
+
+def _computes(module: nn.Module) -> bool:
+    """Tell a module that works its buffers out of its configuration, as rotary tables are."""
+    # It may do so again later, and must find then what it found at first.
+    return bool(module._non_persistent_buffers_set) and next(module.parameters(), None) is None
+
+
+def _accepted(before: Any, now: Any) -> Any:
+    """Take back what a configuration would refuse to be written with."""
+    # Some refuse a width that is no multiple of the number of heads, whatever a head's own size.
+    if not _refused(now) or _refused(before):
+        return now
+    kept = copy.copy(now)
+    for key, value in vars(now).items():
+        if value is not vars(before).get(key):
+            _set(kept, key, vars(before).get(key))
+            if not _refused(kept):
+                break
+    return kept
+
+
+def _refused(config: Any) -> bool:
+    try:
+        if isinstance(config, _Strict):
+            config.validate()
+    except Exception:  # noqa: BLE001  # whatever it raises: it will do so again when written
+        return True
+    return False
 
 
 def _set(config: object, key: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,14 @@ from torch_otprune.structure.layers import (
 )
 from torch_otprune.surgery.attention import fit_attention_
 from torch_otprune.surgery.attributes import changes
-from torch_otprune.surgery.experts import counts, entries, is_mixture, shorten_
+from torch_otprune.surgery.experts import count_all_, counts, entries, is_mixture, shorten_
 from torch_otprune.surgery.parametrised import hold_, is_computed
 from torch_otprune.surgery.recurrent import fit_shapes_, refresh_
 
-__all__ = ["check_cuts", "cut_", "merged", "places", "put_", "set_"]
+__all__ = ["Shorter", "check_cuts", "cut_", "merged", "places", "put_", "set_"]
 
 
-def cut_(model: nn.Module, cuts: Sequence[Cut]) -> None:
+def cut_(model: nn.Module, cuts: Sequence[Cut]) -> tuple[Shorter, ...]:
     """Remove from a model what the cuts do not keep.
 
     Every tensor is replaced, none is written: whoever holds the old ones still has them.
@@ -35,11 +36,14 @@ def cut_(model: nn.Module, cuts: Sequence[Cut]) -> None:
         model: the dense model.
         cuts: a plan's decisions for exactly this model.
 
+    Returns:
+        what was shortened, in order: a tensor may be shortened along one axis after another.
+
     Raises:
         PlanError: if a slice does not fit; nothing is written then.
     """
     check_cuts(model, cuts)
-    done: dict[_Piece, tuple[Tensor, Tensor]] = {}
+    done: dict[_Piece, Shorter] = {}
     pieces = merged(cuts)
     said = changes(model, [cut for cut in cuts if not is_mixture(cut)], pieces)
     modules = dict(model.named_modules())
@@ -54,8 +58,10 @@ def cut_(model: nn.Module, cuts: Sequence[Cut]) -> None:
     for cut in filter(is_mixture, cuts):
         for owner, name, count in counts(model, cut):
             setattr(owner, name, count)
+    count_all_(model, cuts)
     fit_shapes_(model)
     fit_attention_(model)
+    return tuple(done.values())
 
 
 def merged(cuts: Iterable[Cut]) -> list[Slice]:
@@ -82,6 +88,23 @@ def merged(cuts: Iterable[Cut]) -> list[Slice]:
             )
         found[key] = piece.model_copy(update={"keep": tuple(sorted(keep))})
     return list(found.values())
+
+
+@dataclass(frozen=True)
+class Shorter:
+    """A tensor, and what was put in its place.
+
+    Args:
+        old: as it was.
+        axis: along which it was cut.
+        keep: sorted positions that stay.
+        new: what is left.
+    """
+
+    old: Tensor
+    axis: int
+    keep: Tensor
+    new: Tensor
 
 
 _Piece = tuple[int, int, tuple[int, ...]]
@@ -129,16 +152,16 @@ def _bare_size(path: str, leaf: Tensor | None) -> int | None:
     return leaf.shape[axis] if axis < leaf.dim() else None
 
 
-def _slice_(model: nn.Module, piece: Slice, done: dict[_Piece, tuple[Tensor, Tensor]]) -> None:
+def _slice_(model: nn.Module, piece: Slice, done: dict[_Piece, Shorter]) -> None:
     for owner, name, axis in places(model, piece):
         old = getattr(owner, name)
         key = id(old), axis, piece.keep
         if key not in done:  # tensors that two modules share stay shared
             keep = torch.tensor(piece.keep, device="cpu")
             keep = torch.unique(keep % old.shape[axis]) if old.shape[axis] < piece.size else keep
-            done[key] = old, put_(owner, name, _take(old, axis, keep))
+            done[key] = Shorter(old, axis, keep, put_(owner, name, _take(old, axis, keep)))
         else:
-            set_(owner, name, done[key][1])
+            set_(owner, name, done[key].new)
     if (module := _named(model, piece.path)) is not None:
         _resize_(module, piece)
 
@@ -201,6 +224,8 @@ def put_(module: nn.Module, name: str, value: Tensor) -> Tensor:
     value = value.detach().to(dtype=old.dtype, device=old.device)
     if old.dim() == value.dim() == _PICTURE and not old.is_contiguous():
         value = value.contiguous(memory_format=torch.channels_last)
+    elif old.is_contiguous():  # another arrangement would be lost in a file, and round otherwise
+        value = value.contiguous()
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value, requires_grad=old.requires_grad)
     set_(module, name, value)

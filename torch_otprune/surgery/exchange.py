@@ -15,7 +15,9 @@ from torch_otprune.structure.graph import Swap
 from torch_otprune.structure.layers import channels
 from torch_otprune.surgery.standin import stand_in_
 
-__all__ = ["check_drops", "exchange_", "gone"]
+__all__ = ["STAND_INS", "check_drops", "exchange_", "gone"]
+
+STAND_INS = (Skip, Zero, ChannelScale, LowRank)
 
 
 def exchange_(model: nn.Module, drops: Sequence[Drop]) -> None:

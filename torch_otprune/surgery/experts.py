@@ -17,8 +17,9 @@ from torch import nn
 from torch_otprune.plan.model import Cut, Slice
 from torch_otprune.structure.layers import bare
 from torch_otprune.structure.routing import Route, Routing, common, numbered, router
+from torch_otprune.surgery.layout import is_config
 
-__all__ = ["counts", "entries", "is_mixture", "routed", "settle_", "shorten_"]
+__all__ = ["count_all_", "counts", "entries", "is_mixture", "routed", "settle_", "shorten_"]
 
 _COUNT = re.compile(r"expert|^(n|num|count|size|out_features|num_out|routes)$")
 _GROUPS = re.compile(r"^n(um)?_?(expert_?)?groups?$")
@@ -101,8 +102,54 @@ def counts(model: nn.Module, cut: Cut) -> Iterator[tuple[nn.Module, str, int]]:
                 yield module, key, new
 
 
+def count_all_(model: nn.Module, cuts: Sequence[Cut]) -> None:
+    """Put right what speaks of the experts of all mixtures: the model around them, its settings.
+
+    A loss that balances the experts reads it there. Where mixtures differ it cannot be right for
+    all of them, and stays.
+
+    Args:
+        model: its mixtures cut; written in place, configurations are exchanged for copies.
+        cuts: a plan's decisions.
+    """
+    mixed = [cut for cut in cuts if is_mixture(cut)]
+    pieces = [piece for cut in mixed for piece in cut.slices if piece.side == "expert"]
+    if len({(piece.size, len(piece.keep)) for piece in pieces}) != 1:
+        return
+    around = common([bare(piece.path)[0].split(".") for piece in pieces]).split(".")
+    holders = {".".join(around[:depth]) for depth in range(len(around) + 1)}
+    told = [
+        (path, module, key, new)
+        for path, module in model.named_modules()
+        for key, value in vars(module).items()
+        if type(value) is int and (new := _follow(mixed[0], key, value)) is not None
+    ]
+    if any(path not in holders and "expert" in key for path, _, key, _ in told):
+        return  # a mixture that was not cut says so
+    for path, module, key, new in told:
+        if path in holders:
+            setattr(module, key, new)
+    _tell_configs_(model, mixed[0])
+
+
+def _tell_configs_(model: nn.Module, cut: Cut) -> None:
+    made: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        if not is_config(config):
+            continue
+        if id(config) not in made:
+            now = copy.copy(config)
+            fields = [(k, v) for k, v in vars(config).items() if type(v) is int]
+            for key, new in ((k, _follow(cut, k, v)) for k, v in fields):
+                if new is not None:
+                    object.__setattr__(now, key, new)
+            made[id(config)] = config, now if vars(now) != vars(config) else config
+        vars(module)["config"] = made[id(config)][1]
+
+
 def _follow(cut: Cut, key: str, value: int) -> int | None:
-    piece = next(p for p in cut.slices if p.side == "expert")
+    piece = next(p for p in cut.slices if p.side == "out")  # the router's
     if value == piece.size and _COUNT.search(key) and not _OTHER.search(key):
         return len(piece.keep)
     groups = cut.units < piece.size and value == cut.units

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-__all__ = ["PLAIN", "Layout", "is_config"]
+__all__ = ["PLAIN", "Layout", "forget_recorders_", "is_config"]
 
 PLAIN = (bool, int, float, str, tuple, type(None))
 # Transformers installs its recording hooks once, on the modules that are there at the time.
@@ -75,7 +75,7 @@ class _Record:
 
     def forget_(self) -> None:
         if _RECORDING in vars(self.module) and not self.recording:
-            _forget_(self.module)
+            forget_recorders_(self.module)
 
     def restore_(self) -> None:
         table = self.module._modules
@@ -89,7 +89,7 @@ def _is_widths(value: object) -> bool:
     return isinstance(value, list) and all(type(entry) is int for entry in value)
 
 
-def _forget_(model: nn.Module) -> None:
+def forget_recorders_(model: nn.Module) -> None:
     """Let Transformers install its hooks anew: modules that come back have none."""
     for module in model.modules():
         vars(module).pop(_RECORDING, None)

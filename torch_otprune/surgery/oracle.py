@@ -16,11 +16,11 @@ from torch_otprune.structure.layers import bare, is_token_norm
 from torch_otprune.structure.mute import muted
 from torch_otprune.surgery.copied import copied
 from torch_otprune.surgery.cut import cut_, merged, places, set_
-from torch_otprune.surgery.exchange import exchange_
+from torch_otprune.surgery.exchange import STAND_INS, exchange_
 from torch_otprune.surgery.experts import is_mixture, routed
 from torch_otprune.surgery.parametrised import held
 
-__all__ = ["compared", "disagreement", "gap", "masked"]
+__all__ = ["compared", "disagreement", "gap", "masked", "stumbled"]
 
 _FAILS = (
     ArithmeticError,
@@ -32,6 +32,7 @@ _FAILS = (
     ValueError,
 )
 _LIBRARIES = ("torch", "torch_otprune")
+_CALL = "torch/nn/modules/module.py"  # where torch calls a forward
 
 
 @contextmanager
@@ -206,7 +207,7 @@ def _compared(
             with evaluating(small), routed(small, cuts, cut=True, drawn=drawn):
                 got = flat_tensors(run(small, example))
         except _FAILS as error:
-            said = f"without it the model does not run: {first_line(error)}{_place(error)}"
+            said = f"without it the model does not run: {_clause(small, error)}{_place(error)}"
             return float("inf"), said
     if [t.shape for t in expected] != [t.shape for t in got]:
         few, many = len(got), len(expected)
@@ -239,6 +240,32 @@ def _expected(
         routed(model, cuts, cut=False, drawn=drawn),  # last: finds the weights that are masked
     ):
         return flat_tensors(run(model, example))
+
+
+def stumbled(model: nn.Module, error: BaseException) -> str:
+    """Say how the user's own forward failed in a smaller model.
+
+    Args:
+        model: the smaller model.
+        error: what was raised.
+
+    Returns:
+        one clause with the line; empty for an error that the model's forward did not raise.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    called = any(f.filename.replace("\\", "/").endswith(_CALL) for f in frames)
+    place = _place(error) if called and isinstance(error, _FAILS) else ""
+    return f"{_clause(model, error)}{place}" if place else ""
+
+
+def _clause(model: nn.Module, error: BaseException) -> str:
+    """Word an error; what a stand-in lacks is what the model reads of the module before it."""
+    gone = error.obj if isinstance(error, AttributeError) else None
+    if not (isinstance(gone, STAND_INS) and isinstance(error, AttributeError)):
+        return first_line(error)
+    path = next((path for path, module in model.named_modules() if module is gone), "")
+    whose = f"'{path}'" if path else "a module"
+    return f"it reads '.{error.name}' of {whose}, which is taken out"
 
 
 def _place(error: BaseException) -> str:

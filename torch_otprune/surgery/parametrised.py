@@ -87,10 +87,10 @@ def _refitted(chain: parametrize.ParametrizationList, value: Tensor) -> nn.Modul
     try:
         for step in reversed(chain):
             wanted = step.right_inverse(wanted)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, RuntimeError):
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
         return None
     originals = [wanted] if isinstance(wanted, Tensor) else list(wanted)
-    fitted = copy.deepcopy(chain)
+    fitted = copy.deepcopy(chain).eval()  # a spectral norm that trains would iterate meanwhile
     names = ["original"] if isinstance(wanted, Tensor) else list(_names(len(originals)))
     for key, tensor in zip(names, originals, strict=True):
         old = fitted._parameters.get(key)
@@ -101,7 +101,7 @@ def _refitted(chain: parametrize.ParametrizationList, value: Tensor) -> nn.Modul
     except RuntimeError:
         return None
     near = made.shape == value.shape and torch.allclose(made, value, rtol=1e-5, atol=1e-6)
-    return fitted if near else None
+    return fitted.train(chain.training) if near else None
 
 
 def _names(count: int) -> list[str]:

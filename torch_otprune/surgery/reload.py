@@ -12,7 +12,7 @@ from torch import nn
 from torch_otprune.structure.forward import first_line
 from torch_otprune.surgery.layout import PLAIN, is_config
 
-__all__ = ["unlike_config"]
+__all__ = ["unlike", "unlike_config"]
 
 
 @runtime_checkable
@@ -44,7 +44,27 @@ def unlike_config(model: nn.Module) -> tuple[str, ...]:
     Limits: costs one construction on the meta device. Functions and tensors' values are not
     compared.
     """
-    return tuple(line for path, module in _roots(model) for line in _differences(path, module))
+    return tuple(
+        line
+        for path, module in _roots(model)
+        for line in _differences(path, module, vars(module)["config"])
+    )
+
+
+def unlike(model: nn.Module, config: Any) -> tuple[str, ...] | None:
+    """Compare a model with what another configuration builds.
+
+    Args:
+        model: any module that is built from a configuration alone.
+        config: the configuration.
+
+    Returns:
+        one sentence per difference; None where that configuration builds nothing.
+    """
+    try:
+        return tuple(_apart("", model, _built(model, config)))
+    except Exception:  # noqa: BLE001  # a constructor of the user's refuses what it refuses
+        return None
 
 
 def _roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -57,14 +77,21 @@ def _roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _differences(path: str, module: nn.Module) -> Iterator[str]:
+def _differences(path: str, module: nn.Module, config: Any) -> Iterator[str]:
     try:
-        config = _read(vars(module)["config"])
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            built = type(module)(config)
+        built = _built(module, config)
     except Exception as error:  # noqa: BLE001  # a constructor of the user's, on a device that holds no values
         yield f"{_named(path)} cannot be built from its configuration: {first_line(error)}."
         return
+    yield from _apart(path, module, built)
+
+
+def _built(module: nn.Module, config: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return type(module)(_read(config))
+
+
+def _apart(path: str, module: nn.Module, built: nn.Module) -> Iterator[str]:
     ours, theirs = dict(module.named_modules()), dict(built.named_modules())
     apart: list[str] = []
     for name in dict.fromkeys([*ours, *theirs]):

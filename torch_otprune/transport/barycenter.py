@@ -13,6 +13,8 @@ from torch_otprune.transport.line import sort_rows
 
 __all__ = ["barycenter_1d", "barycenter_gaussian", "barycenter_grid"]
 
+CELLS = 2**20  # entries of all kernels that are laid out at a time
+
 
 def barycenter_1d(
     x: Float[Tensor, "samples channels"],
@@ -156,4 +158,5 @@ def _supported(histograms: Tensor, cost: Tensor, eps: float, limit: int) -> None
 
 def _smooth(kernel: Tensor, rows: Tensor) -> Tensor:
     """Apply the kernel to every row in the log domain."""
-    return torch.stack([torch.logsumexp(kernel + row, dim=1) for row in rows])
+    some = rows.split(max(1, CELLS // kernel.numel()))
+    return torch.cat([torch.logsumexp(kernel + part[:, None], dim=2) for part in some])

@@ -48,6 +48,11 @@ class Transport(LayerCriterion):
     `rank` sees one chain and tries single blocks only; there a span costs as much more than its
     blocks as it does to the output before any repair.
 
+    Settings that are read when: a plan whose rule tries blocks (`measured: repair`, and probes
+    enough to hold half of them out) reads `trials` alone. `rank`, and a plan that cannot try,
+    prices spans: with `measured: repair` it reads `longest_span`; with `removal`, and where a block
+    cannot be tried, also `replace`, `folds` and `left`; with `none`, the same but `left`.
+
     Limits: a block that is worth much alone is not tried together with others before its turn
     comes, so a pair of blocks that undo each other may be missed. In `rank`, runs are priced
     apart: an error made early also moves what later maps read. Where a rectifier follows the
@@ -69,8 +74,14 @@ class Transport(LayerCriterion):
         description="the map that takes a block's place where no repair is tried, which takes what "
         "the rule says; null follows the rule's replacement",
     )
-    longest_span: int = Field(default=8, ge=1, description="most blocks under one map")
-    folds: int = Field(default=4, ge=2, description="parts of the samples, held out in turn")
+    longest_span: int = Field(
+        default=8, ge=1, description="most blocks under one map; read where spans are priced"
+    )
+    folds: int = Field(
+        default=4,
+        ge=2,
+        description="parts of the samples, held out in turn; read where no repair is tried",
+    )
     measured: Literal["repair", "removal", "none"] = Field(
         default="repair",
         description="bring prices to what taking a block out alone really does, measured on the "
@@ -85,7 +96,8 @@ class Transport(LayerCriterion):
     left: float = Field(
         default=0.4,
         gt=0,
-        description="share of a price measured by removal that the repair leaves",
+        description="share of a price measured by removal that the repair leaves; read where no "
+        "repair is tried",
     )
 
     def following(self, replacement: str) -> LayerCriterion:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch_otprune.structure.coupling.asked import Asked
 from torch_otprune.structure.coupling.fields import compact, core, varying
 from torch_otprune.structure.coupling.forest import KEPT
 from torch_otprune.structure.coupling.ledger import Ledger, Role, parametrised
-from torch_otprune.structure.coupling.rules import Named, flat, unknown
+from torch_otprune.structure.coupling.rules import Named, Rule, flat, unknown
 from torch_otprune.structure.coupling.table import rule_of
 from torch_otprune.structure.coupling.writes import seen, written
 from torch_otprune.structure.forward import evaluating, flat_tensors, run
@@ -35,7 +36,9 @@ from torch_otprune.structure.layers import (
     is_linear,
     is_token_norm,
 )
+from torch_otprune.structure.products import composed, plain
 from torch_otprune.structure.routing import Visits
+from torch_otprune.structure.tally import Tally
 
 __all__ = ["Component", "Sides", "components"]
 
@@ -58,6 +61,7 @@ class Component:
         kinds: of the objections.
         head: whether they are the channels of whole heads.
         least: how many of them an op chooses at once.
+        roots: one label for each set.
     """
 
     sides: Sides = field(default_factory=dict)
@@ -65,6 +69,7 @@ class Component:
     kinds: set[str] = field(default_factory=set)
     head: bool = False
     least: int = 0
+    roots: Places = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 def components(
@@ -73,6 +78,7 @@ def components(
     *,
     idle: Collection[str] = (),
     visits: Visits | None = None,
+    tally: Tally | None = None,
 ) -> list[Component]:
     """Find every set of coupled channels of a model.
 
@@ -81,25 +87,30 @@ def components(
         example: one batch.
         idle: modules that others run: their tensors are known by their own names.
         visits: of experts that the example alone does not reach.
+        tally: told what the run multiplies, without visits.
 
     Returns:
         coupled sets, all of one make together; those that cannot be cut with their reasons.
     """
-    with parametrize.cached(), evaluating(model), torch.no_grad(), _plain():
+    tally = tally or Tally(model, 1)
+    tally.clear()
+    with parametrize.cached(), evaluating(model), torch.no_grad(), plain():
         leaves = [
             *parametrised(model),
             *_parameters(model),
             *model.named_buffers(),
         ]
         ledger = Ledger(leaves)
-        with _marked(model, ledger), Asked(ledger), _Watch(ledger):
-            output = [run(model, example)]
+        with _marked(model, ledger), Asked(ledger), _Watch(ledger, tally):
+            with tally.watching():
+                output = [run(model, example)]
             if visits is not None:
                 output += visits.runs(lambda: run(model, example))
         for tensor in flat_tensors(output):
             for labels in ledger.fact(tensor).fields:
                 ledger.forest.object(core(labels), "output", "they reach the model's output")
     _square(ledger)
+    tally.roots = ledger.forest.roots(torch.arange(ledger.forest.size, device="cpu")).numpy()
     return _collect(model, ledger, idle)
 
 
@@ -128,20 +139,6 @@ def _marked(model: nn.Module, ledger: Ledger) -> Iterator[None]:
             handle.remove()
 
 
-@contextmanager
-def _plain() -> Iterator[None]:
-    """Run every layer op by op: no fused recurrent layers, no fast path of attention."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
 def _on_cpu() -> AbstractContextManager[Any]:
     """Make labels on the CPU, whatever the default; where it is that, a mode would cost time."""
     plain = torch.get_default_device().type == "cpu"
@@ -151,48 +148,68 @@ def _on_cpu() -> AbstractContextManager[Any]:
 class _Watch(TorchDispatchMode):
     """Carry labels along with every op."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, tally: Tally) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ledger = ledger
+        self.ledger, self.tally = ledger, tally
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        out = composed(self, function, args, kwargs or {})
+        if out is not NotImplemented:
+            return out
         out = function(*args, **(kwargs or {}))
         made = list(flat(out))
-        if not made and not function._schema.is_mutable:
+        if not made and not _written(function):
             return out
         ledger, name = self.ledger, function.overloadpacket.__name__
         ledger.op = name.strip("_")
         given = _named(function, args, kwargs or {})
         with _on_cpu():
             seen(ledger, list(flat(given)))
+            if self.tally.listening:
+                self.tally.note(function, given, out, ledger.told)
             before = [(t, ledger.fact(t)) for t in _targets(function, given)]
             self._follow(function, given, out)
             for tensor, fact in before:
                 written(ledger, tensor, fact)
+        ledger.near.clear()
         return out
 
     def _follow(self, function: Any, given: Named, out: Any) -> None:
-        name = function.overloadpacket.__name__
-        rule = rule_of(function, name, frozenset(t.name for t in function.tags))
         try:
-            rule(self.ledger, function, given, out)
+            _rule(function)(self.ledger, function, given, out)
         except Exception:  # noqa: BLE001  # a call that a rule cannot follow must not end the analysis
             _LOG.debug("the rule of %s failed", function, exc_info=True)
             unknown(self.ledger, function, given, out)
 
 
+@cache
+def _rule(function: Any) -> Rule:
+    name = function.overloadpacket.__name__
+    return rule_of(function, name, frozenset(t.name for t in function.tags))
+
+
 def _targets(function: Any, given: Named) -> Iterator[Tensor]:
     """List the tensors that an op writes to."""
-    for argument in function._schema.arguments if function._schema.is_mutable else ():
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from flat(given[argument.name])
+    for name in _written(function):
+        yield from flat(given[name])
+
+
+@cache
+def _written(function: Any) -> tuple[str, ...]:
+    """Name the arguments that an op writes to."""
+    arguments = function._schema.arguments
+    return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _named(function: Any, args: Any, kwargs: Any) -> Named:
-    names = [a.name for a in function._schema.arguments]
-    return Named([*zip(names, args, strict=False), *kwargs.items()])
+    return Named([*zip(_names(function), args, strict=False), *kwargs.items()])
+
+
+@cache
+def _names(function: Any) -> tuple[str, ...]:
+    return tuple(argument.name for argument in function._schema.arguments)
 
 
 def _square(ledger: Ledger) -> None:
@@ -234,7 +251,8 @@ def _collect(model: nn.Module, ledger: Ledger, idle: Collection[str]) -> list[Co
         of = np.frombuffer(key, dtype=numbers.dtype)
         table = torch.from_numpy(places[starts[:, None] + np.arange(len(of))])
         whose[roots[starts]] = len(made)
-        made.append(Component({named[n]: table[:, of == n] for n in np.unique(of).tolist()}))
+        sides = {named[n]: table[:, of == n] for n in np.unique(of).tolist()}
+        made.append(Component(sides, roots=roots[starts]))
     _objected(ledger, made, whose)
     return made
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,15 +19,17 @@ __all__ = ["compact", "core", "spread", "varying"]
 
 def varying(field: Tensor) -> tuple[int, ...]:
     """List the axes along which a compact field varies."""
-    return tuple(d for d, n in enumerate(field.shape) if n > 1 and field.stride(d) != 0)
+    pairs = zip(field.shape, field.stride(), strict=True)
+    return tuple([d for d, (size, step) in enumerate(pairs) if size > 1 and step])
 
 
 def core(field: Tensor) -> Tensor:
     """Take what is stored: length 1 along every axis where the labels are equal."""
-    for axis, size in enumerate(field.shape):
-        if size > 1 and field.stride(axis) == 0:
-            field = field.narrow(axis, 0, 1)
-    return field
+    strides = field.stride()
+    if 0 not in strides:
+        return field
+    sizes = [n if s else min(n, 1) for n, s in zip(field.shape, strides, strict=True)]
+    return field.as_strided(sizes, strides)
 
 
 def compact(field: Tensor) -> Tensor:
@@ -38,17 +42,26 @@ def compact(field: Tensor) -> Tensor:
         the same labels.
     """
     kept = core(field)
+    labels, alike = kept.numpy(), []
     for axis, size in enumerate(kept.shape):
-        if size > 1:
-            first = kept.narrow(axis, 0, 1)
-            if _alike(kept, first, axis):
-                kept = first
+        if size > 1 and (not labels.size or _alike(labels, axis)):
+            labels = labels[(slice(None),) * axis + (slice(1),)]
+            alike.append(axis)
+    for axis in alike:
+        kept = kept.narrow(axis, 0, 1)
     return kept.expand(field.shape)
 
 
-def _alike(field: Tensor, first: Tensor, axis: int) -> bool:
-    corner = field[tuple(slice(None) if d == axis else slice(1) for d in range(field.dim()))]
-    return bool((corner == corner.flatten()[0]).all()) and bool((field == first).all())
+def _alike(labels: npt.NDArray[np.int64], axis: int) -> bool:
+    """Compare two places first: most axes differ there; where there is none, nothing does."""
+    if not labels.size:
+        return True
+    corner = [0] * labels.ndim
+    first = labels[tuple(corner)]
+    corner[axis] = -1
+    if labels[tuple(corner)] != first:
+        return False
+    return bool((labels == labels[(slice(None),) * axis + (slice(1),)]).all())
 
 
 def spread(field: Tensor, shape: Iterable[int]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class Forest:
     """Union-find over labels, on whole arrays at once."""
 
     def __init__(self) -> None:
-        self.parent = np.zeros(0, dtype=np.int64)
+        self.parent = np.array([KEPT])  # its last place is that of -1: `KEPT` is its own root
         self.size = 0
         self.objections: list[tuple[Tensor, Objection]] = []
 
@@ -46,10 +47,10 @@ class Forest:
             int64, `count`: the labels, each alone.
         """
         first, self.size = self.size, self.size + count
-        if self.size > len(self.parent):
-            old = self.parent
+        if self.size >= len(self.parent):
+            old = self.parent[:-1]
             self.parent = np.arange(max(2 * self.size, 1024), dtype=np.int64)
-            self.parent[: len(old)] = old
+            self.parent[: len(old)], self.parent[-1] = old, KEPT
         return torch.arange(first, self.size, device="cpu")
 
     def roots(self, labels: Tensor) -> Tensor:
@@ -61,16 +62,17 @@ class Forest:
         Returns:
             the same shape.
         """
-        if not self.size:
-            return labels
         found = labels.numpy()
-        kept = found < 0
-        some = bool(kept.any())
-        found = np.where(kept, 0, found) if some else found
-        above = self.parent[found]
-        while (above != found).any():
-            found, above = above, self.parent[above]
-        return torch.from_numpy(np.where(kept, KEPT, above) if some else above)
+        named = self._named(found)
+        return labels if named is found else torch.from_numpy(named)
+
+    def _named(self, found: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        first, above, steps = found, self.parent[found], 0
+        while np.count_nonzero(above != found):
+            found, above, steps = above, self.parent[above], steps + 1
+        if steps > 1:
+            self.parent[first] = above  # a shorter way next time
+        return above if steps else first
 
     def union(self, first: Tensor, second: Tensor) -> bool:
         """Join the sets of two arrays of labels, place by place.
@@ -86,7 +88,7 @@ class Forest:
         differ = (a != b) & (a >= 0) & (b >= 0)
         a, b, joined = a[differ], b[differ], False
         while len(a):
-            a, b = self.roots(torch.from_numpy(a)).numpy(), self.roots(torch.from_numpy(b)).numpy()
+            a, b = self._named(a), self._named(b)
             apart = a != b
             a, b = a[apart], b[apart]
             if len(a):  # of several wishes for one root one wins; the others come round again

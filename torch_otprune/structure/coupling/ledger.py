@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Ledger:
     def __init__(self, leaves: Iterable[tuple[str, Tensor]]) -> None:
         self.forest = Forest()
         self.facts = WeakTensorKeyDictionary()
+        self.near: dict[int, Fact] = {}  # of tensors that are alive while one op is followed
         self.names: dict[int, str] = {}
         self.leaves: dict[str, Tensor] = {}
         self.aliases: dict[str, list[str]] = defaultdict(list)
@@ -70,10 +72,16 @@ class Ledger:
 
     def fact(self, tensor: Tensor) -> Fact:
         """Look a tensor up; what was never seen is data."""
-        found = self.facts.get(tensor)
-        if found is None and id(tensor) in self.names:
-            found = self._register(tensor)
+        found = self.near.get(id(tensor))
+        if found is None:
+            found = self.facts.get(tensor)
+            if found is None and id(tensor) in self.names:
+                found = self._register(tensor)
         return found or Fact()
+
+    def told(self, tensor: Tensor) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """List what is stored of each field of a tensor, and the axes along which it varies."""
+        return [(core(field), varying(field)) for field in self.fact(tensor).fields]
 
     def _register(self, tensor: Tensor) -> Fact:
         fields, name = [], self.names[id(tensor)]
@@ -142,7 +150,7 @@ class Ledger:
 
     def note(self, tensor: Tensor, fact: Fact) -> None:
         """Write down what is known of a tensor."""
-        self.facts[tensor] = fact
+        self.facts[tensor] = self.near[id(tensor)] = fact
         self.storages[tensor.untyped_storage()._cdata][tensor] = None
         for field in fact.fields:
             if len(varying(field)) > 1:
@@ -196,7 +204,12 @@ class Ledger:
         """
         if self.fact(tensor).source not in ("static", "table") or not self.starts:
             return
-        owned = np.unique(labels.numpy())
+        found = labels.numpy()
+        first, last = (bisect_right(self.starts, end) - 1 for end in (found.min(), found.max()))
+        if first == last >= 0:  # of one axis, as nearly always
+            self.roles[self.axes[first]].add(role)
+            return
+        owned = np.unique(found)
         places = np.searchsorted(np.asarray(self.starts), owned[owned >= 0], side="right") - 1
         for place in np.unique(places):
             self.roles[self.axes[place]].add(role)

@@ -27,8 +27,11 @@ def write(ledger: Ledger, op: Any, given: Any, out: Any) -> None:
 def seen(ledger: Ledger, tensors: Sequence[Tensor]) -> None:
     """Write down tensors that no op of the run has made."""
     for tensor in tensors:
-        if tensor not in ledger.facts:
+        found = ledger.facts.get(tensor)
+        if found is None:
             ledger.note(tensor, ledger.fact(tensor))
+        else:
+            ledger.near[id(tensor)] = found
 
 
 def written(ledger: Ledger, tensor: Tensor, before: Fact) -> None:

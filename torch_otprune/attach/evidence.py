@@ -1,0 +1,124 @@
+"""What the rules of a policy ask to be looked at, gathered from a model that was run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from torch_otprune.attach.ahead import ahead
+from torch_otprune.attach.needs import reached
+from torch_otprune.plan import owned_blocks, owned_sites
+from torch_otprune.policy import Layers, Policy
+from torch_otprune.statistics import ChainEvidence, Reservoir, SiteEvidence, listen, streams_quote
+from torch_otprune.statistics.loose import loose, slots
+from torch_otprune.statistics.observation import DRAWS
+from torch_otprune.statistics.sites import watch_sites
+from torch_otprune.structure import Graph
+from torch_otprune.structure.graph import Block, Group
+
+__all__ = ["chains", "fineness", "lines", "mixtures", "streams"]
+
+
+def chains(
+    model: nn.Module, policy: Policy, graph: Graph, probes: Reservoir, *, sites: bool
+) -> dict[str, ChainEvidence]:
+    """Look at what flows between the blocks that a rule may remove.
+
+    Args:
+        model: the dense model.
+        policy: the declaration.
+        graph: the model's analysis.
+        probes: samples to run.
+        sites: whether activations are looked at as well.
+
+    Returns:
+        chain to what was seen.
+    """
+    numbered, found = probes.numbered(), dict[str, ChainEvidence]()
+    for index, blocks in _asked(model, policy, graph).items():
+        rule = policy.rules[index]
+        assert isinstance(rule, Layers)
+        heard = listen(
+            model, graph, blocks, probes=numbered, draws=DRAWS, seed=policy.seed, sites=sites
+        )
+        every = probes.everywhere()  # one copy for all chains
+        for name, chain in heard.items():
+            found[name] = _ahead(model, policy, graph, chain, rule=rule, probes=every)
+    return found
+
+
+def _ahead(
+    model: nn.Module,
+    policy: Policy,
+    graph: Graph,
+    chain: ChainEvidence,
+    *,
+    rule: Layers,
+    probes: Sequence[Any],
+) -> ChainEvidence:
+    """Add the means to try what the rule's repair leaves."""
+    blocks = [graph.block(name) for name in chain.blocks]
+    mended = ahead(model, graph, blocks, rule, batches=probes, seed=policy.seed)
+    return replace(chain, mended=mended)
+
+
+def _asked(model: nn.Module, policy: Policy, graph: Graph) -> dict[int, list[Block]]:
+    """List the blocks of every rule that may remove any: one that keeps all costs nothing."""
+    return {
+        index: blocks
+        for index, blocks in owned_blocks(model, policy, graph).items()
+        for rule in [policy.rules[index]]
+        if isinstance(rule, Layers) and rule.dropped(len(blocks)) != 0
+    }
+
+
+def streams(model: nn.Module, policy: Policy, graph: Graph, samples: int) -> dict[str, int]:
+    """Quote what the rows of every run of removable blocks will take.
+
+    Args:
+        model: the dense model.
+        policy: the declaration.
+        graph: the model's analysis.
+        samples: probes.
+
+    Returns:
+        run to bytes.
+    """
+    found: dict[str, int] = {}
+    for blocks in _asked(model, policy, graph).values():
+        found |= streams_quote(model, graph, blocks, samples=samples)
+    return found
+
+
+def lines(
+    model: nn.Module, policy: Policy, graph: Graph, batches: Sequence[Any]
+) -> dict[str, SiteEvidence]:
+    """Look at what goes through the activations that a rule may make linear.
+
+    Args:
+        model: the dense model.
+        policy: the declaration.
+        graph: the model's analysis.
+        batches: probes.
+
+    Returns:
+        activation to what was seen.
+    """
+    owned = owned_sites(model, policy, graph)
+    sites = [site for found in owned.values() for site in found if not site.reason]
+    return watch_sites(model, sites, batches) if sites else {}
+
+
+def mixtures(model: nn.Module, policy: Policy, graph: Graph) -> list[Group]:
+    """List the mixtures whose experts some rule reaches."""
+    names = reached(model, policy, graph)
+    return [g for g in graph.groups if g.kind == "experts" and g.name in names]
+
+
+def fineness(model: nn.Module, policy: Policy, graph: Graph, example: Any) -> dict[str, int]:
+    """Find out how finely the inputs of consumers that are no modules must be told apart."""
+    paths = loose(model, graph, reached(model, policy, graph))
+    return slots(model, paths, example) if paths else {}
