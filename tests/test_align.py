@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import torch_otprune as otp
 from tests.cases import CASES, cut, outputs
-from torch_otprune.errors import StructureError
+from torch_otprune.errors import PolicyError, StructureError
 from torch_otprune.repair.lockstep import distance
+from torch_otprune.repair.matching import Matching
 from torch_otprune.repair.moves import Carrier, Move
 from torch_otprune.structure import trace
 from torch_otprune.structure.layers import shared
@@ -102,6 +103,27 @@ def test_a_student_several_times_as_wide_computes_what_the_teacher_does(
         assert (sent > 0).sum(1).tolist() == [times] * width
     found.transfer_(student)
     assert distance(teacher, student, [points()]) < 1e-24
+
+
+@pytest.mark.parametrize("widths", [(9, 11), (9, 10), (19, 13), (8, 27)])
+@pytest.mark.parametrize("features", ["weights", "activations"])
+def test_a_wider_student_of_any_width_computes_what_the_teacher_does(
+    widths: tuple[int, int], features: Any
+) -> None:
+    teacher, student = mlp(8, 10), mlp(*widths, seed=5)
+    found = otp.align(teacher, student, points(), features=features)
+    for name, old, new in zip(("0", "3"), (8, 10), widths, strict=True):
+        copies = (found.couplings[name].plan() > 1e-9).sum(1)
+        assert copies.sum() == new and copies.min() == new // old
+    found.transfer_(student)
+    assert distance(teacher, student, [points()]) < 1e-24
+
+
+def test_copies_go_where_they_are_nearest() -> None:
+    x = torch.tensor([[1.0], [5.0], [9.0]], dtype=torch.float64)
+    y = torch.tensor([[5.1], [0.9], [9.2], [8.8], [1.1]], dtype=torch.float64)
+    found = Matching("l2").copied(x, y).plan()
+    assert (found > 1e-9).long().tolist() == [[0, 1, 0, 0, 1], [1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]
 
 
 @pytest.mark.parametrize("features", ["weights", "activations"])
@@ -198,6 +220,48 @@ def test_a_parametrised_layer_is_refused() -> None:
     teacher = copy.deepcopy(student)
     with pytest.raises(StructureError, match="computes its weight from others"):
         otp.align(teacher, student, points())
+
+
+class Encoder(nn.Module):
+    """One layer of a transformer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.e, self.g = nn.Linear(5, width), nn.Linear(width, 3)
+        self.l = nn.TransformerEncoderLayer(width, heads, 32, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.g(self.l(self.e(x)).mean(1))
+
+
+def test_heads_of_another_width_are_refused_and_their_group_is_named() -> None:
+    with pytest.raises(StructureError) as error:
+        otp.align(Encoder(16, 4).eval(), Encoder(32, 4).eval(), torch.randn(8, 6, 5))
+    assert "heads, has" in error.value.problem and "in the teacher" in error.value.problem
+    assert "'l.self_attn" in error.value.problem
+
+
+@pytest.mark.parametrize(("name", "value"), [("features", "foo"), ("cost", "cos"), ("cost", None)])
+def test_features_and_costs_that_there_are_none_of_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(PolicyError, match=f"{name} is .*\n.*align\n.*pass one of"):
+        otp.align(mlp(8, 10), mlp(8, 10, seed=2), points(), **{name: value})
+
+
+def test_a_recurrent_layer_is_aligned() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.r, self.f = nn.GRU(5, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(self.r(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    teacher, x = Net().double().eval(), torch.randn(16, 4, 5, dtype=torch.float64)
+    twin, orders = permuted(teacher, x)
+    assert orders
+    found = otp.align(teacher, twin, x)
+    torch.testing.assert_close(found.transfer_(Net().double().eval())(x), twin(x))
 
 
 def test_an_alignment_cannot_be_changed() -> None:

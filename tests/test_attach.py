@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import torch_otprune as otp
 from tests.cases import CASES
 from torch_otprune.errors import CalibrationError, PolicyError, StructureError, TargetError
+from torch_otprune.plan import Plan
 from torch_otprune.structure import map_tensors, run
 
 POLICY = otp.Policy(
@@ -383,3 +385,63 @@ def test_a_frozen_trunk_in_half_precision_is_fine() -> None:
     batch = CASES["frozen"].batch(16, dtype=torch.bfloat16)
     with otp.attach(model, POLICY) as attached:
         assert otp.observe(attached, [batch]).plan().cuts
+
+
+class Padded(nn.Module):
+    """An encoder that packs padded texts into nested tensors when it is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.encoder(x, src_key_padding_mask=mask).mean(1))
+
+
+def padded() -> tuple[Padded, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    mask = torch.arange(5).expand(6, 5) > torch.tensor([[4], [2], [4], [3], [1], [4]])
+    return Padded().eval(), {"x": torch.randn(6, 5, 8), "mask": mask}
+
+
+WIDE = otp.Channels(targets="encoder.layers.*.linear1", keep=0.5)
+
+
+def test_a_loop_of_ones_own_over_padded_texts_sees_what_observe_sees() -> None:
+    plans = []
+    for own in (True, False):
+        model, batch = padded()
+        with otp.attach(model, otp.Policy(rules=WIDE)) as attached:
+            if own:
+                with torch.no_grad():
+                    model(**batch)
+            plans.append((attached if own else otp.observe(attached, [batch])).plan())
+        assert model.encoder.use_nested_tensor
+    assert plans[0].keep() == plans[1].keep()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_schedule_leaves_validation_on_padded_texts_alone() -> None:
+    model, batch = padded()
+    policy = otp.Policy(rules=WIDE, schedule=otp.Schedule(at=3))
+    with torch.no_grad():
+        expected = model(**batch)  # packed: zeros at padded places
+        with otp.attach(model, policy, example=batch):
+            assert torch.equal(model(**batch), expected)
+
+
+def test_planning_keeps_python_from_collecting_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_otprune.attach import handle
+
+    seen, decide = [], handle.decide
+
+    def spy(*args: Any) -> Plan:
+        seen.append(gc.isenabled())
+        return decide(*args)
+
+    monkeypatch.setattr(handle, "decide", spy)
+    with otp.attach(CASES["mlp"].model(), POLICY) as attached:
+        otp.observe(attached, [CASES["mlp"].batch(16)]).plan()
+    assert seen == [False]
+    assert gc.isenabled()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from types import ModuleType
+from inspect import signature
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torch_otprune as otp
+from torch_otprune.attach import Attached
 from torch_otprune.errors import OTPruneError
 
 RIGHT, KEPT, ROUNDS = 0.9, 0.3, (60, 110)
@@ -157,6 +159,17 @@ def test_lightning_resumes_behind_a_round(tmp_path: Any) -> None:
     assert params(again) <= KEPT * params(net()) and right(again) >= RIGHT
 
 
+def test_a_fit_that_fails_before_it_starts_leaves_nothing_on_the_module() -> None:
+    pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
+    from torch_otprune.integrations.lightning import PruningCallback
+
+    module, callback = pl.LightningModule(), PruningCallback(POLICY)
+    before = set(vars(module))
+    callback.setup(SimpleNamespace(world_size=1), module, "fit")
+    callback.on_exception(None, module, RuntimeError("this checkpoint is damaged"))
+    assert set(vars(module)) == before
+
+
 class Wrapped(nn.Module):
     """A classifier as a Trainer wants it: labels in, loss and logits out."""
 
@@ -187,6 +200,74 @@ def test_the_transformers_trainer(tmp_path: Any) -> None:
     assert len(callback.reports) == len(ROUNDS)
     assert params(model) == callback.reports[-1].plan.params.after <= KEPT * params(net())
     assert right(model.model) >= RIGHT
+    assert not model._forward_pre_hooks
+
+
+def written(path: Any, callback: Any, steps: int, **options: Any) -> Any:
+    """Make a Trainer that writes a checkpoint in the end."""
+    hf = pytest.importorskip("transformers", reason="Transformers is not installed")
+    rows = [{"pixels": torch.rand(64), "labels": torch.tensor(i % 10)} for i in range(8)]
+    args = hf.TrainingArguments(
+        output_dir=str(path), max_steps=steps, per_device_train_batch_size=8, use_cpu=True,
+        report_to=[], save_strategy="steps", save_steps=steps, disable_tqdm=True, seed=0,
+        logging_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    return hf.Trainer(Wrapped(), args, train_dataset=rows, callbacks=[callback])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_counts_on_from_a_checkpoint_before_the_first_round(tmp_path: Any) -> None:
+    pytest.importorskip("transformers", reason="Transformers is not installed")
+    from torch_otprune.integrations.trainer import PruningCallback
+
+    policy = POLICY.model_copy(update={"schedule": otp.Schedule(at=4)})
+    written(tmp_path, PruningCallback(policy), 3).train()
+    callback = PruningCallback(policy)
+    trainer = written(tmp_path, callback, 5)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert len(callback.reports) == 1
+    assert not trainer.model._load_state_dict_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_refuses_a_checkpoint_from_behind_a_round(tmp_path: Any) -> None:
+    pytest.importorskip("transformers", reason="Transformers is not installed")
+    from torch_otprune.integrations.trainer import PruningCallback
+
+    policy = POLICY.model_copy(update={"schedule": otp.Schedule(at=2)})
+    written(tmp_path, PruningCallback(policy), 3).train()
+    trainer = written(tmp_path, PruningCallback(policy), 5)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with pytest.raises(OTPruneError) as error:
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "was written behind a pruning round: 'model.0.weight' is [" in error.value.problem
+    assert "from_pretrained or otp.load" in error.value.fix
+    assert all(map(torch.equal, trainer.model.parameters(), before))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_of_another_model_are_left_to_torch() -> None:
+    pytest.importorskip("transformers", reason="Transformers is not installed")
+    from torch_otprune.integrations.trainer import PruningCallback
+
+    model, callback = Wrapped(), PruningCallback(POLICY)
+    callback.on_init_end(None, None, None, model=model)
+    wider = {"model.0.weight": torch.zeros(65, 64)}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(wider, strict=False)
+    with pytest.raises(OTPruneError, match="behind a pruning round"):
+        model.load_state_dict({"model.0.weight": torch.zeros(60, 64)}, strict=False)
+
+
+def test_a_step_behind_a_round_is_refused_where_shapes_tell_nothing() -> None:
+    pytest.importorskip("transformers", reason="Transformers is not installed")
+    from torch_otprune.integrations.trainer import PruningCallback
+
+    model, callback = Wrapped(), PruningCallback(POLICY)
+    args = SimpleNamespace(world_size=1, n_gpu=0, load_best_model_at_end=False)
+    state = SimpleNamespace(global_step=60)
+    with pytest.raises(OTPruneError, match="of step 60, and the first round was due at step 60"):
+        callback.on_train_begin(args, state, None, model=model)
     assert not model._forward_pre_hooks
 
 
@@ -247,6 +328,13 @@ def test_accelerate(accumulate: int) -> None:
                     optimizer.zero_grad()
                 reports += filter(None, [pruning.step(optimizer)])
     check(accelerator.unwrap_model(model), reports)
+
+
+def test_accelerate_distills_with_the_same_choices() -> None:
+    from torch_otprune.integrations.accelerate import Accelerated
+
+    own, ours = (signature(kind.distill) for kind in (Accelerated, Attached))
+    assert own.parameters == ours.parameters
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,9 @@ def test_a_command_imports_torch() -> None:
     assert run("schema").stderr.endswith("torch")
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "plan", "apply", "verify", "schema"])
+@pytest.mark.parametrize(
+    "command", ["demo", "doctor", "plan", "apply", "verify", "export", "schema"]
+)
 def test_every_command_has_help(command: str, otprune: Otprune) -> None:
     done = otprune(command, "--help")
     assert done.exit_code == 0

@@ -498,3 +498,25 @@ def test_the_pictures_of_the_generator_are_drawn(tmp_path: Path) -> None:
     assert found[1]["noisy"] == f"noisy\n{generator.decibels(clean + 0.1, clean):.1f} dB"
     generator.draw(tmp_path / "pictures.png", *found)
     assert (tmp_path / "pictures.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_memory_of_the_signals_is_quoted_before_and_kept() -> None:
+    case = CASES["plain"]
+    rule = otp.Channels(keep=0.5, criterion=CPOT(measure="activations"), repair="none")
+    free = otp.Channels(keep=0.5, criterion="magnitude", repair="none")
+    quotes = []
+    for one in (rule, free):
+        with otp.attach(case.model(), otp.Policy(rules=one), example=case.batch(2)) as attached:
+            quotes.append(attached.bytes)
+            otp.observe(attached, [case.batch(16)])
+            heard = attached.observation().signals.values()
+            assert sum(t.untyped_storage().nbytes() for t in heard) <= quotes[-1]
+    assert quotes[0] > quotes[1] == 0
+
+
+def test_signals_that_would_not_fit_are_refused_before_data() -> None:
+    case = CASES["plain"]
+    rule = otp.Channels(keep=0.5, criterion=CPOT(measure="activations"), repair="none")
+    small = otp.Policy(rules=rule, calibration=otp.Calibration(memory=1e-6))
+    with pytest.raises(CalibrationError, match="the signals at '"):
+        otp.attach(case.model(), small, example=case.batch(2))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import torch_otprune as otp
 from tests.test_rebind import data, net, take
-from torch_otprune.errors import CalibrationError
+from torch_otprune.errors import CalibrationError, OTPruneError
 from torch_otprune.training import Distill
 
 POLICY = otp.Policy(
@@ -197,3 +197,21 @@ def test_the_teacher_survives_a_checkpoint() -> None:
         again.load_state_dict(weights)
         again(data()[0])
         torch.testing.assert_close(attached.distill(), wanted)
+
+
+def test_a_round_that_is_taken_back_takes_its_teacher_along() -> None:
+    model = net().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    stranger = torch.optim.SGD(net().parameters(), lr=0.01)
+    once = POLICY.model_copy(update={"schedule": otp.Schedule(at=1)})
+    with otp.attach(model, once, data=[data()[0]]) as attached:
+        attached.distill()
+        with pytest.raises(OTPruneError, match="trains no parameter"):
+            attached.step(stranger)
+        take(model, optimizer)
+        assert attached.distill() == 0
+        dense = copy.deepcopy(model.state_dict())  # it has learnt on since the first attempt
+        assert attached.step(optimizer) is not None
+        taught = attached.state_dict()["teacher"]
+        assert all(torch.equal(taught[name], value) for name, value in dense.items())
+    assert not model._forward_hooks

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import torch_otprune as otp
 from torch_otprune.errors import StructureError
 from torch_otprune.structure import coupling
-from torch_otprune.structure.remedies import Obstacle, obstacles, remedy
+from torch_otprune.structure.remedies import Obstacle, counted, obstacles, remedy
 
 Between = Callable[[Tensor], Tensor]
 
@@ -247,18 +248,32 @@ def test_a_number_in_a_view_is_named_with_its_line_and_what_to_write(
     assert error.value.fix == ailment.fix
 
 
-def test_a_width_in_another_op_than_a_view_is_to_be_read_off_a_tensor() -> None:
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_a_width_in_another_op_than_a_view_is_to_be_read_off_a_tensor(kind: Any) -> None:
     class Cell(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.cell, self.head = nn.RNNCell(3, 8), nn.Linear(8, 2)
+            self.cell, self.head = kind(3, 8), nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.cell(x, x.new_zeros(len(x), 8)))
+            state = h = x.new_zeros(len(x), 8)
+            for step in x.unbind(1):
+                if kind is nn.LSTMCell:
+                    h, state = self.cell(step, (h, state))
+                else:
+                    h = self.cell(step, h)
+            return self.head(h)
 
-    found = otp.doctor(Cell(), torch.randn(2, 3))
+    found = otp.doctor(Cell(), torch.randn(2, 4, 3))
     (ailment,) = (a for a in found.ailments if "cell" in a.name)
     assert ailment.fix.endswith(
         "or in front of it, read the width off a tensor, as x.shape[..], instead of writing the "
         "number 8."
+    )
+
+
+def test_a_kernel_that_wants_whole_vectors_is_met_by_a_multiple() -> None:
+    said = "without it the model does not run: strides should be multiple of 16 bytes (at moe.py:3)"
+    assert (
+        counted(said, (32,)) == "give the rule a multiple_of: 4 in float32, 8 in a type of 16 bits."
     )

@@ -392,7 +392,7 @@ def test_what_is_recorded_is_what_the_mixture_loses_without_an_expert() -> None:
 
 def test_fewer_experts_than_the_router_chooses_are_refused() -> None:
     with pytest.raises(
-        StructureError, match=r"keep is 2 experts, but the router of 'moe.experts' chooses 3"
+        StructureError, match=r"keep is 2 of the 5 experts of 'moe.experts', whose router chooses 3"
     ):
         planned(net(partial(Sparse, top_k=3)), otp.Experts(keep=2))
 
@@ -592,6 +592,14 @@ def test_the_grouped_kernel_of_transformers_is_followed() -> None:
     rules = [otp.Experts(keep=3), otp.Channels(keep=8)]  # the kernel wants multiples of four
     otp.prune_(model, otp.Policy(rules=rules), tokens(), timing=0)
     assert model.get_submodule("model.layers.0.mlp.experts").gate_up_proj.shape == (3, 16, 16)
+
+
+def test_a_width_that_the_grouped_kernel_refuses_is_explained() -> None:
+    model = language_model("Mixtral", experts_implementation="grouped_mm").float()
+    policy = otp.Policy(rules=[otp.Channels(targets="MixtralExperts", keep=7)])
+    with pytest.raises(StructureError) as error:
+        otp.prune_(model, policy, tokens(), timing=0)
+    assert error.value.fix == "give the rule a multiple_of: 4 in float32, 8 in a type of 16 bits."
 
 
 @pytest.mark.parametrize("kind", sorted(OWN))

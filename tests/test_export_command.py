@@ -95,6 +95,62 @@ def test_without_the_extra_its_name_is_told(place: Path, monkeypatch: pytest.Mon
     assert not (place / "out" / "model.onnx").exists()
 
 
+def test_the_ending_of_the_file_says_the_format(place: Path) -> None:
+    done = otprune("out", "-f", "nets:net", "-d", "nets:data", "-o", "net.pt2", "--json")
+    assert json.loads(done.stdout)["format"] == "torch_export"
+
+
+def test_an_ending_that_says_another_format_is_refused(place: Path) -> None:
+    done = otprune("out", "-f", "nets:net", "-d", "nets:data", "-o", "a.pt2", "--to", "onnx")
+    assert done.exit_code == 1
+    assert "'a.pt2' has the ending of torch_export, and onnx is asked for." in done.stderr
+    assert "where: --to onnx" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["verify", "export"])
+def test_a_factory_that_there_is_not_is_told_once(command: str, place: Path) -> None:
+    data = ["-d", "nets:data"] if command == "export" else []
+    done = CliRunner().invoke(app, [command, "out", "-f", "nope:nope", *data])
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[0] == "there is no module 'nope'."
+    assert done.stderr.count("fix:") == 1
+
+
+OTHER = """
+def other():
+    net_ = net()
+    net_[1] = nn.GELU()
+    return net_
+
+def odd():
+    net_ = net()
+    net_[1].inplace = True
+    return net_
+"""
+
+
+@pytest.mark.parametrize("command", ["verify", "export"])
+def test_a_changed_factory_is_told_in_the_words_of_a_shell(command: str, place: Path) -> None:
+    sys.modules.pop("nets", None)
+    Path("nets.py").write_text(NETS + OTHER)
+    words = [command, "out", "-f", "nets:odd"]
+    words += ["-d", "nets:data", "--to", "torch_export"] if command == "export" else []
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 10
+    assert "inplace True in the factory's model" in done.stderr
+    assert "or --no-strict to let" in done.stderr
+    assert "strict=False" not in done.stderr
+    assert CliRunner().invoke(app, [*words, "--no-strict"]).exit_code == 0
+
+
+def test_a_changed_class_is_warned_of_where_that_was_asked_for(place: Path) -> None:
+    sys.modules.pop("nets", None)
+    Path("nets.py").write_text(NETS + OTHER)
+    words = ["-f", "nets:other", "-d", "nets:data", "--to", "torch_export", "--no-strict"]
+    with pytest.warns(UserWarning, match="'1' is a GELU in the loaded model, a ReLU in the saved"):
+        assert otprune("out", *words).exit_code == 0
+
+
 def test_what_is_no_saved_model_is_refused(place: Path) -> None:
     done = otprune("nothing", "-f", "nets:net", "-d", "nets:data")
     assert done.exit_code == 10

@@ -18,6 +18,7 @@ from torch import nn
 
 from tests.transformers_cases import WHOLE
 from torch_otprune import Channels, Layers, OTPruneError, Plan, Policy, Report, attach, prune_
+from torch_otprune.errors import PlanError
 from torch_otprune.integrations.transformers import card, save_pretrained
 from torch_otprune.integrations.transformers_hook import METHOD
 from torch_otprune.plan.model import Cost, Cut, Slice
@@ -105,11 +106,84 @@ def test_a_card_of_a_uniform_model_asks_for_nothing(tmp_path: Path) -> None:
     assert report.plan.hash in card(model, report)
 
 
-def test_an_earlier_save_is_replaced_and_another_directory_is_not(directory: Path) -> None:
+def test_the_snippet_of_a_card_loads_the_model_with_its_head(directory: Path) -> None:
+    model, report = pruned("llama")
+    save_pretrained(model, directory, report=report)
+    text = (directory / "README.md").read_text()
+    assert "| torch-otprune | `" in text and "| transformers | `" in text
+    snippet = text.split("```python")[1].split("```")[0]
+    assert f"from transformers import {type(model).__name__}" in snippet
+    found: dict[str, Any] = {}
+    exec(snippet.replace("path/to/this/directory", str(directory)), found)
+    assert type(found["model"]) is type(model)
+
+
+def test_a_plain_model_is_sent_to_our_own_format(tmp_path: Path) -> None:
+    model, report = pruned(rules=Channels(keep=0.6), serving="plain")
+    with pytest.raises(PlanError, match="from_pretrained could not load this model: '") as error:
+        save_pretrained(model, tmp_path / "out", report=report)
+    assert "otp.save(model, directory)" in error.value.fix
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_that_has_lost_its_plan_is_refused() -> None:
+    model, report = pruned()
+    del model.config.quantization_config
+    with pytest.raises(PlanError, match="from_pretrained could not load this model") as error:
+        card(model, report)
+    assert error.value.where == "LlamaForCausalLM.config, which holds no plan"
+
+
+def test_a_model_that_was_never_pruned_gets_no_card(tmp_path: Path) -> None:
+    model = WHOLE["llama"].model(dtype=torch.float32)
+    with pytest.raises(PlanError, match="no pruning is known for this LlamaForCausalLM") as error:
+        save_pretrained(model, tmp_path / "out")
+    assert error.value.fix.startswith("pass the report of its pruning")
+
+
+@pytest.mark.parametrize("settings", [{"rules": Channels(keep=0.6)}, {"rules": Layers(drop=1)}])
+def test_a_report_of_another_pruning_is_refused(settings: Any) -> None:
+    model, own = pruned(**settings)
+    _, other = pruned(rules=Channels(keep=0.7), seed=1)
+    dense = WHOLE["llama"].model(dtype=torch.float32)
+    assert own.plan.hash in card(model, own)
+    for stranger in (model, dense):
+        with pytest.raises(PlanError, match="this report is of another pruning") as error:
+            card(stranger, other)
+        assert error.value.fix.startswith("pass the report that the last pruning")
+        assert error.value.where.endswith(" of this model")
+
+
+def test_a_loaded_model_without_a_plan_takes_the_report_whose_sizes_it_has(tmp_path: Path) -> None:
+    model, report = pruned(rules=Layers(drop=1))
+    model.save_pretrained(tmp_path / "model")
+    assert report.plan.hash in card(reload(tmp_path / "model"), report)
+
+
+def test_adapters_around_a_model_are_no_transformers_model(tmp_path: Path) -> None:
+    peft: Any = pytest.importorskip("peft", reason="peft is not installed")
+    model, report = pruned()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(PlanError, match="is no Transformers model") as error:
+        save_pretrained(adapted, tmp_path / "out", report=report)
+    assert "merge adapters first" in error.value.fix
+
+
+def test_an_earlier_save_is_replaced_and_what_lies_beside_it_stays(directory: Path) -> None:
     model, _ = pruned()
-    (directory / "old.txt").write_text("old")
+    (directory / "model-00001-of-00002.safetensors").write_bytes(b"stale")
+    (directory / "vocab.txt").write_text("mine")
+    (directory / "checkpoint-7").mkdir()
+    (directory / "checkpoint-7" / "state.json").write_text("mine too")
     save_pretrained(model, directory)
-    assert not (directory / "old.txt").exists()
+    assert not (directory / "model-00001-of-00002.safetensors").exists()
+    assert (directory / "vocab.txt").read_text() == "mine"
+    assert (directory / "checkpoint-7" / "state.json").read_text() == "mine too"
+    assert reload(directory) is not None
+
+
+def test_another_directory_is_not_replaced(directory: Path) -> None:
+    model, _ = pruned()
     foreign = directory.parent / "mine"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("")

@@ -26,6 +26,7 @@ from torch_otprune import (
     attach,
     prune_,
 )
+from torch_otprune.errors import PlanError
 from torch_otprune.plan.allocate import Choice, allocate
 from torch_otprune.plan.ties import kinds
 from torch_otprune.structure.forward import flat_tensors, run
@@ -241,3 +242,27 @@ def test_policies_name_the_three_ways_of_serving() -> None:
     with pytest.raises(OTPruneError, match="serving"):
         Policy(rules="channels", budget=Budget(macs="50%"), serving="onnx")  # type: ignore[arg-type]
     assert Policy(rules="channels", budget=Budget(macs="50%")).serving == "registered"
+
+
+def test_hidden_and_heads_of_gpt2_write_down_what_was_left_to_a_rule() -> None:
+    model, data = dense("gpt2")
+    assert model.config.n_inner is None
+    wide = model.config.n_embd
+    policy = Policy(rules=[Hidden(keep=0.5), Heads(keep=0.5)], serving="uniform")
+    prune_(model, policy, data, timing=0)
+    assert model.config.n_embd == wide // 2
+    assert model.config.n_inner == 4 * wide
+
+
+def test_a_layer_that_shares_a_number_of_the_configuration_is_named() -> None:
+    model, data = dense("bert_classifier")
+    policy = Policy(rules=[Hidden(keep=0.5), Heads(keep=0.5)], serving="uniform")
+    with pytest.raises(PlanError) as raised:
+        prune_(model, policy, data, timing=0)
+    assert "'bert.pooler.dense', which keeps its width" in raised.value.problem
+    assert "add Channels(targets=['bert.pooler.dense'])" in raised.value.fix
+    pooler = Channels(targets=["bert.pooler.dense"], keep=0.5)
+    before = model.config.hidden_size
+    whole = Policy(rules=[*policy.rules, pooler], serving="uniform")
+    prune_(model, whole, data, timing=0)
+    assert model.config.hidden_size == before // 2

@@ -218,3 +218,20 @@ def test_undoing_takes_the_plan_out_of_the_configuration() -> None:
     assert not hasattr(before, "quantization_config")
     report.undo_()
     assert model.config is before
+
+
+@pytest.mark.parametrize("serving", ["registered", "uniform", "plain"])
+def test_our_own_format_comes_back_after_theirs_was_written(serving: Any, tmp_path: Path) -> None:
+    case = WHOLE["llama"]
+    factory = partial(case.model, dtype=torch.float32)
+    model, data = factory(), [case.example(dtype=torch.float32)]
+    policy = Policy(rules=Channels(keep=0.5, multiple_of=2), serving=serving)
+    prune_(model, policy, data, timing=0)
+    if serving != "plain":
+        model.save_pretrained(tmp_path / "theirs")  # writes its own notes on the configuration
+    save(model, tmp_path / "ours")
+    again = load(tmp_path / "ours", factory=factory)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids()).logits, model(input_ids=ids()).logits)
+    said = (again.config.intermediate_size, factory().config.intermediate_size)
+    assert (said[0] < said[1]) == (serving == "uniform")

@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import torch_otprune as otp
 from torch_otprune.errors import BudgetError, PlanError
 from torch_otprune.plan.allocate import Allocation, Choice, allocate
 from torch_otprune.structure.graph import CostModel, Dim, Term
@@ -373,3 +375,13 @@ def test_five_hundred_groups_of_2048_units_take_half_a_minute() -> None:
     assert perf_counter() - start < 30  # some 4 s on an idle core
     assert found.solver == "greedy"
     assert found.notes == ()
+
+
+def test_what_forward_multiplies_itself_has_a_name_in_the_error() -> None:
+    old = nn.utils.spectral_norm(nn.Linear(16, 8))  # its power iteration runs before the layer
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), old, nn.ReLU(), nn.Linear(8, 3)).eval()
+    policy = otp.Policy(rules=[otp.Channels()], budget=otp.Budget(macs=0.2))
+    with pytest.raises(BudgetError) as error:
+        otp.prune_(model, policy, [torch.randn(32, 6)], timing=0)
+    assert "; the model's own forward 8 (" in error.value.where
+    assert ";  " not in error.value.where

@@ -223,3 +223,10 @@ def test_wrong_types_are_told_in_the_words_of_yaml(text: str, wanted: str) -> No
         Policy.from_yaml(text)
     assert error.value.problem.endswith(f"it should be {wanted}.")
     assert error.value.fix == f"make it {wanted}."
+
+
+@pytest.mark.parametrize(("written", "read"), [("off", "off"), ("on", "on"), ("'off'", "off")])
+def test_the_check_is_turned_off_by_a_bare_word(written: str, read: str, tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text(f"rules: [{{kind: channels, keep: 0.5}}]\nverify: {written}\n")
+    assert Policy.from_yaml(file).verify == read

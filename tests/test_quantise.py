@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import torch_otprune as otp
 from benchmarks.portability_nets import NETS
+from torch_otprune.errors import LoadError
 
 transformers: Any = pytest.importorskip("transformers", reason="Transformers is not installed")
 
@@ -159,3 +160,29 @@ def test_what_was_saved_and_loaded_can_be_quantised(small: nn.Module, tmp_path: 
     again = otp.load(tmp_path / "small", factory=llama)
     quantised = torch.ao.quantization.quantize_dynamic(again, {nn.Linear}, dtype=torch.qint8)
     assert 0 < far(quantised, small) < 0.1
+
+
+def test_onnx_runtimes_quantiser_takes_a_pruned_model(small: nn.Module, tmp_path: Any) -> None:
+    runtime: Any = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    tools: Any = pytest.importorskip("onnxruntime.quantization", reason="it has no quantiser")
+    otp.export(small, tmp_path / "net.onnx", tokens(0))
+    tools.quantize_dynamic(tmp_path / "net.onnx", tmp_path / "int8.onnx")
+    session = runtime.InferenceSession(tmp_path / "int8.onnx", providers=["CPUExecutionProvider"])
+    [found] = session.run(["logits"], {"input_ids": tokens(1)["input_ids"].numpy()})
+    with torch.no_grad():
+        wanted = small(**tokens(1)).logits
+    gap = float((torch.from_numpy(found) - wanted).norm() / wanted.norm())
+    assert 0 < gap < 0.1
+
+
+def test_a_quantised_model_is_not_saved_and_the_error_says_when_to(tmp_path: Any) -> None:
+    quantization: Any = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    policy = otp.Policy(rules=[otp.Channels(multiple_of=32, keep="50%")])
+    otp.prune_(model, policy, [torch.randn(64, 64)], timing=0)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(LoadError) as raised:
+        otp.save(model, tmp_path / "m")
+    assert "made of several tensors, which safetensors cannot hold" in raised.value.problem
+    assert "save the model before quantising it" in raised.value.fix
+    assert not (tmp_path / "m").exists()

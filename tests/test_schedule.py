@@ -227,6 +227,20 @@ def test_a_foreign_optimiser_takes_the_round_back() -> None:
         assert attached.step(optimizer) is not None
 
 
+def test_a_round_behind_remove_puts_no_hook_back() -> None:
+    model = net().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    attached = otp.attach(model, gradual(at=1), data=[data()[0]])
+    attached.remove()
+    with pytest.raises(PolicyError) as error:
+        attached.step(optimizer)
+    assert error.value.problem == "the policy was removed: step would never prune."
+    assert "call step before remove" in error.value.fix
+    attached.load_state_dict(attached.state_dict())
+    assert not model._forward_pre_hooks
+    otp.attach(model, gradual(at=1)).remove()  # not refused as a second attachment
+
+
 def test_whatever_plans_at_once_ignores_the_schedule() -> None:
     model = net()
     report = otp.prune_(model, gradual(at=[5, 9]), [data()[0]], timing=0)
@@ -278,6 +292,15 @@ def test_a_state_of_another_model_or_policy_is_refused() -> None:
     with otp.attach(other, gradual(at=[1, 8])) as attached, pytest.raises(LoadError) as error:
         attached.load_state_dict(state)
     assert error.value.problem == "this state was written under another policy."
+
+
+@pytest.mark.parametrize("state", [net().state_dict(), {"x": 1}, None])
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    model = net()
+    with otp.attach(model, gradual(at=1)) as attached, pytest.raises(LoadError) as error:
+        attached.load_state_dict(state)
+    assert error.value.problem == "this is no state of an attached policy: it has no 'policy'."
+    assert error.value.fix.startswith("pass what attached.state_dict() returned")
 
 
 def test_penalties_go_on_over_the_rounds_and_end_with_them() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -66,6 +66,14 @@ def test_a_function_may_fill_one_buffer_again_and_again() -> None:
 
     found = collect(net(), feed, 99)
     assert [float(call.args[0][0, 0]) for call in found] == [0, 1, 2]
+
+
+def test_a_tensor_for_a_list_of_tensors_is_one_batch() -> None:
+    x = torch.randn(9, 4)
+    (batch,) = collect(net(), x, 8)
+    assert torch.equal(batch, x[:8])
+    with otp.attach(net(), BLIND) as attached:
+        assert otp.observe(attached, x).samples == 9
 
 
 def test_a_function_s_batches_are_kept_no_longer_than_needed() -> None:
@@ -252,11 +260,27 @@ class Counting(nn.Module):
         return self.b(self.a(x).relu().view(4, -1))
 
 
-def test_a_forward_that_counts_samples_by_a_number_is_told_where_and_what_to_write() -> None:
+def _in_one(model: nn.Module, policy: otp.Policy, batches: list[Tensor]) -> None:
+    otp.prune_(model, policy, batches, timing=0)
+
+
+def _in_two(model: nn.Module, policy: otp.Policy, batches: list[Tensor]) -> None:
+    free = policy.model_copy(update={"rules": (otp.Channels(keep="50%", criterion="random"),)})
+    with otp.attach(model, free) as attached:
+        for batch in batches:
+            model(batch)
+        plan = attached.plan()
+    otp.apply_(model, plan, batches, timing=0)
+
+
+@pytest.mark.parametrize("prune_", [_in_one, _in_two])
+def test_a_forward_that_counts_samples_by_a_number_is_told_where_and_what_to_write(
+    prune_: Callable[[nn.Module, otp.Policy, list[Tensor]], None],
+) -> None:
     policy = otp.Policy(rules=otp.Channels(keep="50%"))
     model, before = Counting(), [p.clone() for p in Counting().parameters()]
     with pytest.raises(otp.OTPruneError) as caught:
-        otp.prune_(model, policy, [torch.randn(4, 3, 4, 4) for _ in range(3)], timing=0)
+        prune_(model, policy, [torch.randn(4, 3, 4, 4) for _ in range(3)])
     assert caught.value.problem.startswith("the model runs on 4 samples, but not on 2 of them: ")
     assert "Counting at test_statistics_odd.py:" in caught.value.where
     assert caught.value.fix.startswith("write -1 or x.shape[0] where forward")

@@ -418,6 +418,33 @@ def test_a_copy_of_a_model_has_no_plan(net: nn.Module, tmp_path: Path) -> None:
     assert "plan=report.plan" in message(error)
 
 
+class Around(nn.Module):
+    """A hand-written wrapper."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(
+    ("wrap", "fix"),
+    [
+        (nn.DataParallel, "otp.save(model.module, directory)"),
+        (lambda net: torch.compile(net, backend="eager"), "otp.save(model._orig_mod, directory)"),
+        (Around, "otp.save(model.net, directory)"),
+    ],
+)
+def test_a_wrapper_is_refused_with_what_to_save(
+    net: nn.Module, wrap: Callable[[nn.Module], nn.Module], fix: str, given: bool, tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError) as error:
+        save(wrap(net), tmp_path / "m", plan=plan_of(net) if given else None)
+    assert "is a wrapper around the model that was pruned" in message(error)
+    assert fix in message(error)
+    assert not (tmp_path / "m").exists()
+
+
 def test_a_copy_is_saved_with_the_plan_given(net: nn.Module, tmp_path: Path) -> None:
     save(copy.deepcopy(net), tmp_path / "m", plan=plan_of(net))
     assert torch.equal(load(tmp_path / "m", factory=Net)(IMAGES), net(IMAGES))
@@ -489,8 +516,19 @@ def test_what_only_pickle_could_hold_is_refused(
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(LoadError) as error:
         load(tmp_path / "nowhere", factory=Net)
-    assert "there is no plan.json" in message(error)
+    assert "the directory does not exist" in message(error)
     assert "nowhere" in message(error)
+
+
+def test_a_file_in_place_of_a_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m").touch()
+    with pytest.raises(LoadError, match="this is no saved model: it is a file"):
+        load(tmp_path / "m", factory=Net)
+
+
+def test_an_empty_directory_holds_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"there is no plan\.json"):
+        load(tmp_path, factory=Net)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "model.safetensors"])

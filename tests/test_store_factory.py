@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import pickle
 import random
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +89,9 @@ def test_a_changed_factory_is_told_by_module_and_attribute(
     with pytest.raises(LoadError) as error:
         load(stored, factory=lambda: Model(**change))
     assert words in message(error)
-    assert "or strict=False" in message(error)
+    put_back = not {"act", "function"} & change.keys()
+    hint = "or strict=False to let" if put_back else "strict=False would keep what this one builds"
+    assert hint in message(error)
 
 
 class Longer(Model):
@@ -126,6 +131,36 @@ def test_without_strictness_what_the_saved_model_says_prevails(
 ) -> None:
     back = load(stored, factory=lambda: Model(eps=1e-3, rate=0.5, heads=4), strict=False).eval()
     assert torch.equal(back(X), model(X))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"act": nn.GELU}, "'act' is a GELU in the loaded model, a ReLU in the saved one."),
+        ({"function": F.gelu}, "has function <gelu> in the loaded model, <relu> in the saved one."),
+    ],
+)
+def test_without_strictness_what_cannot_be_put_back_is_warned_of(
+    stored: Path, change: dict[str, Any], words: str
+) -> None:
+    with pytest.warns(UserWarning, match="what the factory builds stays") as told:
+        load(stored, factory=lambda: Model(**change), strict=False)
+    assert words in str(told[0].message)
+
+
+def test_without_strictness_what_can_be_put_back_is_no_matter_of_a_warning(stored: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(stored, factory=lambda: Model(eps=1e-3, rate=0.5, heads=4), strict=False)
+
+
+def test_what_a_factory_refuses_in_three_lines_is_told_as_it_is(stored: Path) -> None:
+    def factory() -> nn.Module:
+        raise otp.OTPruneError("there is none.", where="here", fix="make one.")
+
+    with pytest.raises(otp.OTPruneError) as error:
+        load(stored, factory=factory)
+    assert str(error.value).startswith("there is none.\n")
 
 
 def test_a_changed_training_switch_is_passed_over(stored: Path) -> None:
@@ -186,7 +221,8 @@ def test_a_function_changed_after_the_pruning_is_named(
     with pytest.raises(LoadError) as error:
         load(tmp_path / "m", factory=Model)
     assert "has function <relu> in the loaded model, <gelu> in the saved one." in message(error)
-    load(tmp_path / "m", factory=Model, strict=False)
+    with pytest.warns(UserWarning, match="has function <relu> in the loaded model, <gelu>"):
+        load(tmp_path / "m", factory=Model, strict=False)
 
 
 def test_a_save_of_the_first_version_loads(model: nn.Module, stored: Path, tmp_path: Path) -> None:
@@ -328,6 +364,27 @@ def test_a_truncated_shard_is_named(shards: Path, keep: int) -> None:
         load(shards, factory=Model)
     assert f"its {two.name} is truncated or from another save: it has" in message(error)
     assert f"bytes of {len(content):,}" in message(error)
+
+
+@pytest.mark.parametrize("reader", ["read_header", "read"])
+def test_a_shard_that_the_disk_does_not_give_is_named(
+    shards: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch_otprune.store import shards as module
+
+    one, hashed = first_two(shards)[0], module.digest
+
+    def broken(path: Path, *_: Any) -> Any:
+        if path.name == one.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return hashed(path)
+
+    monkeypatch.setattr(module, reader, broken)
+    monkeypatch.setattr(module, "digest", broken)
+    with pytest.raises(LoadError) as error:
+        load(shards, factory=Model)
+    assert f"its {one.name} cannot be read: Input/output error" in message(error)
+    assert "pass a directory that you may read" in message(error)
 
 
 def test_exchanged_shards_are_named(shards: Path) -> None:

@@ -376,3 +376,29 @@ def test_a_reason_that_is_long_is_told_once_and_counted_elsewhere() -> None:
     assert len(short) < len(full) == len(found.stays())
     assert any("(and 1 more reason)" in row[4] for row in short)
     assert [row[4] for row in full] == [reason for _, _, reason, _ in found.stays()]
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_what_a_weight_is_computed_from_goes_with_it(kind: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    getattr(nn.utils.parametrizations, kind)(net[2])
+    found = otp.doctor(net, torch.randn(3, 4))
+    fates = {
+        f.parameter.rpartition(".")[2]: f for f in found.findings if "parametriz" in f.parameter
+    }
+    if kind == "weight_norm":  # the length of a row knows nothing of the columns
+        assert fates["original0"].groups == ("2",)
+        assert fates["original1"].groups == ("0", "2")
+    else:
+        assert fates["original"].groups == ("0", "2")
+    assert {f.fate for f in fates.values()} == {"prunable"}
+    fixed = [f.parameter for f in found.findings if f.fate == "fixed"]
+    assert fixed == ["4.bias"]
+
+
+def test_what_a_blocked_weight_is_computed_from_is_blocked_with_it() -> None:
+    net = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+    found = otp.doctor(nn.Sequential(nn.Linear(5, 4), net), torch.randn(3, 5))
+    assert {f.parameter: f.reason for f in found.findings}[
+        "1.parametrizations.weight.original0"
+    ] == "they reach the model's output"

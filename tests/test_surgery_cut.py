@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import torch_otprune as otp
 from tests.cases import CASES, cut, outputs, random_cuts
 from torch_otprune.errors import PlanError
 from torch_otprune.plan import Cut
@@ -185,6 +187,39 @@ def test_a_snapshot_keeps_ties() -> None:
     assert model.get_parameter("head.weight") is model.get_parameter("embed.weight")
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_parameter_under_two_names_is_cut_under_both(first: bool, tmp_path: Path) -> None:
+    class Scale(nn.Module):
+        def __init__(self, scale: nn.Parameter) -> None:
+            super().__init__()
+            self.w = scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.w
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            scale = nn.Parameter(torch.rand(16))
+            if first:
+                self.w = scale
+            self.a, self.n, self.f = nn.Linear(6, 16), Scale(scale), nn.Linear(16, 3)
+            self.w = scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(self.n(self.a(x).relu()))
+
+    model, x = Net().double().eval(), torch.randn(32, 6, dtype=torch.float64)
+    report = otp.prune_(model, otp.Policy(rules=[otp.Channels(keep="50%")]), [x], timing=0)
+    assert model.n.w is model.w and model.w.shape == (8,)
+    assert report.params.after == 6 * 8 + 8 + 8 + 8 * 3 + 3
+    otp.save(model, tmp_path / "small")
+    loaded = otp.load(tmp_path / "small", factory=lambda: Net().double().eval())
+    assert loaded.n.w is loaded.w and torch.equal(loaded(x), model(x))
+    report.undo_()
+    assert model.n.w is model.w and model.w.shape == (16,)
+
+
 def test_a_snapshot_can_be_used_twice() -> None:
     model, batch = CASES["plain"].model(), CASES["plain"].batch()
     before, snapshot, graph = state(model), Snapshot(model), trace(model, batch)
@@ -241,3 +276,23 @@ def test_two_groups_that_empty_a_consumer_are_refused() -> None:
         cut_(model, pair)
     assert error.value.problem == "the cuts leave no channel."
     assert "fix:" in str(error.value)
+
+
+@pytest.mark.filterwarnings("error:input's size at dim=1")
+@pytest.mark.parametrize(
+    ("norm", "width"),
+    [
+        (nn.InstanceNorm2d(8), "num_features"),
+        (nn.BatchNorm2d(8, affine=False, track_running_stats=False), "num_features"),
+        (nn.GroupNorm(8, 8, affine=False), "num_channels"),
+    ],
+)
+def test_a_norm_without_tensors_says_its_new_width(norm: nn.Module, width: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randn(2, 3, 7, 7)
+    snapshot = Snapshot(net)
+    cut_(net, [cut(trace(net, x), "0", torch.tensor([1, 4, 6]))])
+    assert getattr(net[1], width) == 3
+    assert net(x).shape == (2, 4, 3, 3)
+    snapshot.restore_()
+    assert getattr(net[1], width) == 8

@@ -204,3 +204,48 @@ def test_an_attention_shared_by_two_parents_stays_shared() -> None:
     heads = [g for g in trace(net, drawn(2, 5, 12, seed=1)).groups if g.kind == "heads"]
     cut_(net, [random_cut(g, 0.5, torch.Generator().manual_seed(1)) for g in heads])
     assert net.first is net.second
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("settings", [{}, {"bidirectional": True}, {"num_layers": 2}], ids=str)
+def test_one_time_step_is_enough(kind: str, settings: dict[str, Any]) -> None:
+    wide = 16 if "bidirectional" in settings else 8
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.o(m.r(x)[0][:, -1])
+
+    def built() -> nn.Module:
+        layer = getattr(nn, kind)(6, 8, batch_first=True, **settings)
+        return Net(forward, r=layer, o=nn.Linear(wide, 3)).double().eval()
+
+    policy = otp.Policy(rules=[otp.Channels(keep="50%", repair="none", criterion="random")])
+    kept = []
+    for steps in (1, 3):
+        model = built()
+        report = otp.prune_(model, policy, [drawn(32, steps, 6, seed=steps)], timing=0)
+        kept.append(report.params.after)
+        assert model(drawn(5, 4, 6, seed=9)).shape == (5, 3)
+    assert kept[0] == kept[1]
+
+
+def test_one_step_of_an_lstm_with_a_projection_is_enough() -> None:
+    net = nn.LSTM(6, 8, proj_size=4, batch_first=True)
+    model = Net(lambda m, x: m.o(m.r(x)[0][:, -1]), r=net, o=nn.Linear(4, 3)).double().eval()
+    policy = otp.Policy(rules=[otp.Channels(keep="50%", repair="none")])
+    report = otp.prune_(model, policy, [drawn(32, 1, 6, seed=1)], timing=0)
+    assert len(report.plan.keep()) == 2
+    assert model(drawn(5, 4, 6, seed=9)).shape == (5, 3)
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_one_step_of_a_cell_is_enough(kind: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = None
+        for step in range(x.shape[1]):
+            h = m.r(x[:, step], h)
+        return m.o(h[0] if isinstance(h, tuple) else h)
+
+    model = Net(forward, r=getattr(nn, kind)(6, 8), o=nn.Linear(8, 3)).double().eval()
+    policy = otp.Policy(rules=[otp.Channels(keep="50%", repair="none")])
+    otp.prune_(model, policy, [drawn(32, 1, 6, seed=1)], timing=0)
+    assert model.r.hidden_size == 4 and model(drawn(5, 4, 6, seed=9)).shape == (5, 3)

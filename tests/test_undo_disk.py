@@ -287,6 +287,17 @@ def test_a_report_from_a_file_saves_nothing(
     assert "call save_undo on the report that apply_ or prune_ returned" in message(error)
 
 
+def test_what_only_pickle_could_hold_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    model = net().eval()
+    model.register_buffer("neighbours", torch.eye(3).to_sparse())
+    report = narrow(model, IMAGES)
+    with pytest.raises(LoadError) as error:
+        report.save_undo(tmp_path / "undo")
+    assert "'neighbours' is a torch.float32 tensor of layout torch.sparse_coo" in message(error)
+    assert "Report.save_undo" in message(error)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_report_of_an_earlier_pruning_saves_nothing(
     undo: tuple[nn.Module, Report, Path], tmp_path: Path
 ) -> None:

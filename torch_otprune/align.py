@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from torch_otprune.errors import StructureError
+from torch_otprune.errors import PolicyError, StructureError
 from torch_otprune.repair.folded import Fold, folds
 from torch_otprune.repair.matching import Cost, Matching
 from torch_otprune.repair.moves import Carrier, Move, owned
@@ -26,6 +26,7 @@ from torch_otprune.transport import Coupling
 __all__ = ["Alignment", "align"]
 
 _EXAMPLE = 2  # samples that the analysis runs on
+_ROUNDING = 1e-12  # share of a unit that is none
 _FAINT = 1e-4  # of a signal's size: what breaks ties and decides nothing else
 
 
@@ -118,16 +119,20 @@ def align(
         the alignment.
 
     Raises:
-        StructureError: if the networks differ in more than the widths of groups.
+        PolicyError: if features or cost are none of these.
+        StructureError: if the networks differ in more than the number of units of groups.
 
     Source: Singh & Jaggi 2020, "Model fusion via optimal transport", section 4; further sweeps
     with the reading weights as in Ainsworth et al. 2023. Shares that keep the function where
     widths differ, batch-norms in the mean, and residual streams by their group are ours.
 
-    Limits: experts and recurrent layers are not aligned and must be of equal width. Tensors that
-    layers share are written once, as the last of their layers asks. One sample decides nothing:
-    pass some hundred rows for `activations`.
+    Limits: experts are not aligned and must be of equal width. Tensors that layers share are
+    written once, as the last of their layers asks. One sample decides nothing: pass some hundred
+    rows for `activations`. A wider student computes what the teacher does, unless a norm runs over
+    channels of a stream and its width is no multiple, or `eps` mixes.
     """
+    _check_known("features", features, ("weights", "activations"))
+    _check_known("cost", cost, get_args(Cost))
     _check_names(teacher, student)
     graphs = [trace(model, head(example, _EXAMPLE)) for model in (teacher, student)]
     blank = [_move(group, _partner(graphs[1], group)) for group in _groups(graphs[0])]
@@ -216,8 +221,9 @@ class _Pair:
         faint = [(x * _FAINT, y * _FAINT) for x, y in (_sized(*pair) for pair in beside)]
         sized = [*(_sized(*pair) for pair in pairs), *faint]
         x, y = (torch.cat([pair[side] for pair in sized], dim=1) for side in (0, 1))
-        found = self.matching.couple(x, y)
+        found = self.matching.copied(x, y)
         plan = found.plan()
+        plan = plan * (plan > plan.amax(0) * _ROUNDING)  # of an exact plan
         out, into = plan / plan.sum(0), plan / plan.sum(1, keepdim=True)
         plain = bool(((out == 0) | (out == 1)).all() and ((into == 0) | (into == 1)).all())
         move = self.carrier.moves[group]
@@ -286,12 +292,26 @@ def _partner(graph: Graph, group: Group) -> Group:
     wanted = [(m.path, m.side) for m in group.members]
     for other in graph.groups:
         if other.name == group.name and [(m.path, m.side) for m in other.members] == wanted:
+            _check_widths(group, other)
             return other
     raise StructureError(
         f"group '{group.name}' of the teacher has no partner with the same members.",
         where=f"align; the student's groups: {', '.join(g.name for g in graph.groups) or 'none'}",
         fix="pass two networks that differ in the widths of their groups alone.",
     )
+
+
+def _check_widths(old: Group, new: Group) -> None:
+    """Refuse units, such as heads, that are wider in one network than in the other."""
+    for member, other in zip(old.members, new.members, strict=True):
+        wide = [m.index.shape[1] for m in (member, other)]
+        if wide[0] != wide[1]:
+            raise StructureError(
+                f"a unit of group '{old.name}', {old.kind}, has {wide[0]} channels in the teacher "
+                f"and {wide[1]} in the student.",
+                where=f"align, '{member.path}', side {member.side}",
+                fix="give the student more or fewer units of the teacher's width, as of a head.",
+            )
 
 
 def _move(old: Group, new: Group) -> Move:
@@ -301,6 +321,13 @@ def _move(old: Group, new: Group) -> Move:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _check_known(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise PolicyError(
+            f"{name} is {value!r}.", where="align", fix=f"pass one of {', '.join(known)}."
+        )
 
 
 def _check_names(teacher: nn.Module, student: nn.Module) -> None:

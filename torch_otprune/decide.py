@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def decide(
     """Plan, and check on the real model that every cut computes what masking would.
 
     A group that fails is refused with the measured difference, and the plan is made anew
-    without it. Costs one copy of the model and, where nothing fails, two forward passes.
+    without it. Costs one copy of the model and, where nothing fails, two forward passes; nothing
+    where the policy says `verify="off"`, and the plan then notes that.
 
     Args:
         model: the dense model; left as it was.
@@ -56,11 +58,11 @@ def decide(
     banned: dict[str, str] = {}
     while True:
         plan = make_plan(model, policy, graph, observation, banned=banned)
-        if disagreement(model, plan.cuts, example, drops=plan.drops) <= tolerance(model):
+        if _passes(model, plan, example):
             plan, small = _compacted(model, plan, example)
             unsayable = _unsayable(model, small, graph, plan)
             if not unsayable:
-                notes = (*plan.notes, *baked(model, plan.cuts))
+                notes = (*plan.notes, *baked(model, plan.cuts), *_unchecked(plan))
                 return plan.model_copy(update={"notes": notes})
             banned |= unsayable
             continue
@@ -73,6 +75,18 @@ def decide(
                 fix="ignore one of these, and report the model.",
             )
         banned |= failed
+
+
+def _passes(model: nn.Module, plan: Plan, example: Any) -> bool:
+    off = plan.policy.verify == "off"
+    return off or disagreement(model, plan.cuts, example, drops=plan.drops) <= tolerance(model)
+
+
+def _unchecked(plan: Plan) -> tuple[str, ...]:
+    said = (
+        "not checked on the model, as Policy.verify = 'off' asks: a cut may compute another thing"
+    )
+    return (said,) if plan.policy.verify == "off" else ()
 
 
 def _check_steady(model: nn.Module, example: Any) -> None:
@@ -136,4 +150,23 @@ def _unsayable(model: nn.Module, small: nn.Module, graph: Graph, plan: Plan) -> 
             where="Policy.serving = 'uniform'",
             fix="remove whole layers without a stand-in, or ask for serving='registered'.",
         )
+    if found.keys() >= {cut.group for cut in plan.cuts}:
+        _check_company(graph, plan, left)
     return found
+
+
+def _check_company(graph: Graph, plan: Plan, left: Sequence[str]) -> None:
+    """Name the groups that one number of the configuration ties to those that were cut."""
+    cut = {cut.group for cut in plan.cuts}
+    whole = [g.name for g in graph.groups if g.name not in cut]
+    held = {name: line for name in whole for line in left if line.startswith(f"'{name}' ")}
+    if held:
+        first, line = next(iter(held.items()))
+        raise PlanError(
+            f"the configuration has one number for what is cut and for '{first}', which keeps its "
+            f"width: {line}",
+            where="Policy.serving = 'uniform'"
+            + (f"; {len(held)} such groups" if len(held) > 1 else ""),
+            fix=f"add Channels(targets=['{first}']) with the same share to the rules, or ask for "
+            "serving='registered'.",
+        )

@@ -85,8 +85,7 @@ def prune_(
             observe(attached, batches)
             progress("plan", 0, 1)
             plan = attached.plan()
-    with _counted(model, batches):
-        return apply_(model, plan, batches, timing=timing, progress=progress)
+    return apply_(model, plan, batches, timing=timing, progress=progress)
 
 
 @contextmanager
@@ -138,38 +137,45 @@ def _apply_(
     check_unattached(model)
     check_plan(model, plan)
     with torch.inference_mode(mode=False):  # its tensors could never be trained again
-        batches = rebatched(collect(model, data, share(plan.policy.calibration.samples)))
-        watch, snapshot, dense = Stopwatch(progress), Snapshot(model), copied(model)
-        lineage = Lineage(model)
-        with watch("analyse"):
-            graph, some = _traced(dense, batches[0], plan.policy)
-        check_slices(graph, plan)
-        try:
-            notes, raw, added = _operate(lineage, dense, graph, plan, batches, watch=watch)
-            with watch("verify"):
-                layers = measure_layers((dense, raw, model), graph, plan, batches)
-                lineage.pair()
-                take_out_(model, plan.compacted)  # last: paths change
-                inscribe_(model, plan, dense)
-                report = verify(
-                    (dense, raw, model),
-                    graph,
-                    plan,
-                    batches,
-                    example=some,
-                    layers=layers,
-                    added=added,
-                    notes=notes,
-                    seconds=watch.seconds,
-                    timing=timing,
-                )
-            lineage.settle_()
-        except BaseException as error:  # whatever happened, the model must be as it was
-            said = stumbled(model, error)
-            snapshot.restore_()
-            if said:
-                raise _unseen(said, plan) from error
-            raise
+        batches = collect(model, data, share(plan.policy.calibration.samples))
+        watch = Stopwatch(progress)
+        with _counted(model, batches):
+            return _carry_out_(model, plan, rebatched(batches), timing=timing, watch=watch)
+
+
+def _carry_out_(
+    model: nn.Module, plan: Plan, batches: Sequence[Any], *, timing: float, watch: Stopwatch
+) -> tuple[Report, WayBack]:
+    snapshot, dense, lineage = Snapshot(model), copied(model), Lineage(model)
+    with watch("analyse"):
+        graph, some = _traced(dense, batches[0], plan.policy)
+    check_slices(graph, plan)
+    try:
+        notes, raw, added = _operate(lineage, dense, graph, plan, batches, watch=watch)
+        with watch("verify"):
+            layers = measure_layers((dense, raw, model), graph, plan, batches)
+            lineage.pair()
+            take_out_(model, plan.compacted)  # last: paths change
+            inscribe_(model, plan, dense)
+            report = verify(
+                (dense, raw, model),
+                graph,
+                plan,
+                batches,
+                example=some,
+                layers=layers,
+                added=added,
+                notes=notes,
+                seconds=watch.seconds,
+                timing=timing,
+            )
+        lineage.settle_()
+    except BaseException as error:  # whatever happened, the model must be as it was
+        said = stumbled(model, error)
+        snapshot.restore_()
+        if said:
+            raise _unseen(said, plan) from error
+        raise
     way = WayBack(snapshot, plan, dense)
     return report.bind_undo_(way, Rebinding(lineage, plan)), way
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,9 +20,11 @@ from torch_otprune.structure import Call, Graph
 from torch_otprune.surgery import copied
 from torch_otprune.surgery.rebind import Optimizes
 from torch_otprune.training import Distill, Pressure
-from torch_otprune.training.distill import Match
+from torch_otprune.training.distill import Match, check_terms
 
 __all__ = ["Course"]
+
+_STATE = ("policy", "rounds", "pressures", "teacher")
 
 
 class Course:
@@ -37,8 +41,10 @@ class Course:
         self.rounds = None if policy.schedule is None else Rounds(model, policy, data)
         self.pressures: tuple[Pressure, ...] = ()
         self.distilled: Distill | None = None
+        self._stepped = self._removed = False
         self._taught = False  # somebody asks for the teacher
         self._pruned = False
+        self._before: tuple[bool, Distill | None] = False, None  # the last round
 
     def press(self, graph: Graph | None) -> None:
         """Put the rules' penalties to work on a model that was just analysed.
@@ -79,11 +85,31 @@ class Course:
         for pressure in self.pressures:
             pressure.remove()
 
-    def remove(self) -> None:
-        """Take every hook off for good."""
+    def remove(self, *, failed: bool = False) -> None:
+        """Take every hook off for good, and say so where rounds are left.
+
+        Args:
+            failed: whether that is because of an error, which says enough.
+        """
+        if not (failed or self._removed):
+            self._warn()
+        self._removed = True
         self.lift()
         if self.distilled is not None:
             self.distilled.remove()
+
+    def _warn(self) -> None:
+        """Tell who stopped training between two rounds that the model is not done."""
+        rounds = self.rounds
+        if rounds is None or rounds.over or not self._stepped:  # then it was only looked at
+            return
+        done, left = bisect_right(rounds.due, rounds.steps), rounds.due[-1] - rounds.steps
+        what = "the policy's keep and drop are" if self.policy.budget is None else "the budget is"
+        warnings.warn(
+            f"pruning stops behind {done} of {len(rounds.due)} rounds: {what} not met; train "
+            f"on (steps left: {left}), or end the schedule earlier.",
+            stacklevel=4,
+        )
 
     def penalty(self) -> Tensor:
         """Sum up what the penalties add to the loss."""
@@ -99,6 +125,7 @@ class Course:
 
     def distill(self, weight: float, *, temperature: float, match: Match) -> Tensor:
         """Say what distillation adds to the loss."""
+        check_terms(weight, temperature, match)
         self._taught = True
         if self.distilled is not None:
             return self.distilled(weight, temperature=temperature, match=match)
@@ -115,14 +142,55 @@ class Course:
 
     def tick(self) -> int:
         """Count one optimiser step; return the number of the round that is due, 0 for none."""
+        self._check_step()
+        self._stepped = True
         for pressure in self.pressures:
             pressure.step()
         return 0 if self.rounds is None else self.rounds.advance()
 
-    def prune_(self, number: int) -> Report | None:
+    def _check_step(self) -> None:
+        """Refuse to count steps that can lead to nothing."""
+        where = f"Attached.step, {type(self.model).__name__}"
+        if self._removed:
+            raise PolicyError(
+                "the policy was removed: step would never prune.",
+                where=where,
+                fix="call step before remove, inside the `with` block; or attach again.",
+            )
+        if self.rounds is None and not self.pressures:
+            raise PolicyError(
+                "this policy has no schedule and no penalty: step would never prune.",
+                where=where,
+                fix="write Policy(..., schedule=otp.Schedule(at=[500])), or leave step out and "
+                "call attached.plan() and otp.apply_.",
+            )
+
+    def round_(self, number: int, optimizers: Sequence[Optimizes], ema: Any) -> Report | None:
+        """Carry out a round, and let optimisers and averages follow; if that fails, it stays due.
+
+        Args:
+            number: of the round, from 1.
+            optimizers: that train the model; none leaves that to the user.
+            ema: averaged copies.
+
+        Returns:
+            the report; None where nothing was to go.
+        """
+        assert self.rounds is not None
+        try:
+            report = self._prune_(number)
+            if report is not None and (optimizers or ema):
+                self._rebind_(report, optimizers, ema)
+        except BaseException:  # whatever it was, the model is as it was before
+            self.rounds.steps -= 1
+            raise
+        return report
+
+    def _prune_(self, number: int) -> Report | None:
         """Carry out a round, and keep the dense network where somebody asks for it."""
         assert self.rounds is not None
         wanted = self._taught and not self._pruned
+        self._before = self._pruned, self.distilled
         teacher = copied(self.model) if wanted else None  # before anything is gone
         with self._blind():
             report = self.rounds.prune_(number)
@@ -143,18 +211,21 @@ class Course:
             if self.distilled is not None:
                 self.distilled.active = True
 
-    def rebind_(self, report: Report, optimizers: Sequence[Optimizes], ema: Any) -> None:
+    def _rebind_(self, report: Report, optimizers: Sequence[Optimizes], ema: Any) -> None:
         """Let optimisers follow a round, or take the round back."""
         try:
             report.rebind_(*optimizers, ema=ema)
         except BaseException:  # all or nothing
             report.undo_()
+            self._unlearn()
             raise
 
-    def back(self) -> None:
-        """Make the last counted step undone: its round failed."""
-        assert self.rounds is not None
-        self.rounds.steps -= 1
+    def _unlearn(self) -> None:
+        """Let go of a teacher that came with the round that was taken back."""
+        pruned, distilled = self._before
+        if self.distilled is not None and distilled is None:
+            self.distilled.remove()
+        self._pruned, self.distilled = pruned, distilled
 
     def state_dict(self) -> dict[str, Any]:
         """Write everything that training needs to go on."""
@@ -168,6 +239,13 @@ class Course:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Read what `state_dict` wrote."""
+        told = state if isinstance(state, Mapping) else {}
+        if missing := [key for key in _STATE if key not in told]:
+            raise LoadError(
+                f"this is no state of an attached policy: it has no '{missing[0]}'.",
+                where=f"Attached.load_state_dict, {type(self.model).__name__}",
+                fix="pass what attached.state_dict() returned, not the model's state.",
+            )
         if Policy.from_json(state["policy"]) != self.policy:
             raise LoadError(
                 "this state was written under another policy.",

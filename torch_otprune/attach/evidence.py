@@ -9,17 +9,41 @@ from typing import Any
 from torch import nn
 
 from torch_otprune.attach.ahead import ahead
-from torch_otprune.attach.needs import reached
+from torch_otprune.attach.needs import looks_at_channels, reached
 from torch_otprune.plan import owned_blocks, owned_sites
 from torch_otprune.policy import Layers, Policy
-from torch_otprune.statistics import ChainEvidence, Reservoir, SiteEvidence, listen, streams_quote
+from torch_otprune.statistics import (
+    ChainEvidence,
+    Reservoir,
+    SiteEvidence,
+    listen,
+    signals_quote,
+    streams_quote,
+)
 from torch_otprune.statistics.loose import loose, slots
 from torch_otprune.statistics.observation import DRAWS
 from torch_otprune.statistics.sites import watch_sites
-from torch_otprune.structure import Graph
+from torch_otprune.structure import Graph, trace_head
+from torch_otprune.structure.costs import beside
 from torch_otprune.structure.graph import Block, Group
 
-__all__ = ["chains", "fineness", "lines", "mixtures", "streams"]
+__all__ = ["chains", "examined", "fineness", "lines", "mixtures", "rows"]
+
+
+def examined(model: nn.Module, policy: Policy, batch: Any, samples: int) -> tuple[Graph, Any]:
+    """Analyse a model on the head of a batch, and count on the rest what depends on the data.
+
+    Args:
+        model: the dense model.
+        policy: the declaration.
+        batch: as the model takes it.
+        samples: how many make the head.
+
+    Returns:
+        the graph, and what the model ran on.
+    """
+    graph, example = trace_head(model, batch, samples, channels=looks_at_channels(policy))
+    return beside(model, graph, batch, example), example
 
 
 def chains(
@@ -75,22 +99,25 @@ def _asked(model: nn.Module, policy: Policy, graph: Graph) -> dict[int, list[Blo
     }
 
 
-def streams(model: nn.Module, policy: Policy, graph: Graph, samples: int) -> dict[str, int]:
-    """Quote what the rows of every run of removable blocks will take.
+def rows(
+    model: nn.Module, policy: Policy, graph: Graph, samples: int, *, heard: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Tell how much memory the rows that are kept as they are will take, before the first batch.
 
     Args:
         model: the dense model.
         policy: the declaration.
         graph: the model's analysis.
-        samples: probes.
+        samples: probes over all ranks, at most.
+        heard: consumers whose signals are wanted.
 
     Returns:
-        run to bytes.
+        `streams`, by the first block of each run, and `signals`, by layer: bytes on each rank.
     """
     found: dict[str, int] = {}
     for blocks in _asked(model, policy, graph).values():
         found |= streams_quote(model, graph, blocks, samples=samples)
-    return found
+    return {"streams": found, "signals": signals_quote(model, heard, samples=samples)}
 
 
 def lines(

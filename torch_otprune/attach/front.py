@@ -28,7 +28,8 @@ def attach(
     """Put a policy on a model: forward hooks and nothing else.
 
     Use it as a context manager, or call `remove` yourself. Run data through the model in any
-    mode; then ask for the plan. A policy given here wins over one declared on the class.
+    mode; then ask for the plan. A policy given here wins over one declared on the class. Where
+    all that runs is calibration, no `nn.TransformerEncoder` packs padded texts until `remove`.
 
     Args:
         model: the dense model.
@@ -61,13 +62,21 @@ def attach(
 
 
 def _check_whole(model: nn.Module) -> None:
-    """Refuse a wrapper that knows its parameters by what they were when it was made."""
+    """Refuse a wrapper or adapter that knows a model by what it was when that was made."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise StructureError(
             f"the model is wrapped in {type(model).__name__}, which would not follow a pruning.",
             where="attach",
             fix="attach to model.module, and wrap the model anew after every pruning.",
         )
+    for path, module in model.named_modules():
+        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+            raise StructureError(
+                f"the model holds adapters of PEFT: {path or 'the model'} is a "
+                f"{type(module).__name__}.",
+                where=f"attach({type(model).__name__})",
+                fix="prune the plain model first, then add adapters.",
+            )
 
 
 def _check_example(policy: Policy, example: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_otprune.attach.course import Course
-from torch_otprune.attach.evidence import chains, fineness, lines, mixtures, streams
-from torch_otprune.attach.hooks import Leave, Watch
-from torch_otprune.attach.needs import looks_at_channels, needs_of, reached
+from torch_otprune.attach.evidence import chains, examined, fineness, lines, mixtures, rows
+from torch_otprune.attach.hooks import Watch, hooked
+from torch_otprune.attach.needs import needs_of, reached
 from torch_otprune.decide import decide
 from torch_otprune.errors import CalibrationError
 from torch_otprune.fold import linearized
@@ -38,8 +38,8 @@ from torch_otprune.statistics import (
 from torch_otprune.statistics.experts import watch_experts
 from torch_otprune.statistics.loose import loose, others, watch_products
 from torch_otprune.statistics.reduce import ranks, ranks_where, share
-from torch_otprune.structure import Call, Graph, batch_size, head, trace_head
-from torch_otprune.structure.forward import outside_inference
+from torch_otprune.structure import Call, Graph, batch_size, head
+from torch_otprune.structure.forward import outside_inference, uncollected
 from torch_otprune.structure.routing import around
 from torch_otprune.surgery.rebind import Optimizes
 from torch_otprune.training.distill import Match
@@ -83,10 +83,7 @@ class Attached:
             self._analyse(self._given)
         self._course.press(self.graph)
         self._watch = Watch(self)
-        self._handles = [
-            model.register_forward_pre_hook(self._watch, with_kwargs=True),
-            model.register_forward_hook(Leave(self._watch)),
-        ]
+        self._hooks = hooked(model, self._watch, calibrates=self._open)
         LIVE.add(self)
 
     def __enter__(self) -> Attached:
@@ -98,7 +95,8 @@ class Attached:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.remove()
+        self._lift()
+        self._course.remove(failed=kind is not None)
 
     @property
     def trains(self) -> bool:
@@ -121,7 +119,7 @@ class Attached:
         try:
             yield
         finally:
-            self._open = before
+            self._open = self._recorder.active = before
 
     @property
     def bytes(self) -> int:
@@ -130,7 +128,8 @@ class Attached:
             return 0
         moments = quote(self.model, self._paths) if "moments" in self._needs else 0
         moments += sum(map(Moments.bytes, self._recorder.others.values()))
-        return moments + sum(self._streams(self.graph).values())
+        kept = self._rows(self.graph, self._paths).values()
+        return moments + sum(size for sizes in kept for size in sizes.values())
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
@@ -147,14 +146,13 @@ class Attached:
             self._watch.busy, self._recorder.active = before
 
     def remove(self) -> None:
-        """Take every hook off. What was seen stays available to `plan`."""
+        """Take every hook off. What was seen stays available to `plan`. Warns of rounds to come."""
         self._lift()
         self._course.remove()
 
     def _lift(self) -> None:
         self._course.lift()
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
         self._recorder.remove()
         self._batch = None
         LIVE.discard(self)
@@ -207,23 +205,25 @@ class Attached:
             the report of a round, nothing otherwise.
 
         Raises:
-            OTPruneError: if the round fails: all is as it was, and the next call tries again.
+            OTPruneError: if the round fails: all is as it was, and the next call tries again; if
+                the policy has neither schedule nor penalty, or was removed.
         """
         number = self._course.tick()
-        return self._round(number, optimizers, ema) if number else None
+        if not number:
+            return None
+        with self._off():
+            return self._course.round_(number, optimizers, ema)
 
-    def _round(self, number: int, optimizers: Sequence[Optimizes], ema: Any) -> Report | None:
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        """Change the model without hooks on it, and begin anew behind; not if all was removed."""
+        live = self in LIVE
         self._lift()
         try:
-            report = self._course.prune_(number)
-            if report is not None and (optimizers or ema):
-                self._course.rebind_(report, optimizers, ema)
-        except BaseException:  # the round stays due
-            self._course.back()
-            raise
+            yield
         finally:
-            self._begin()
-        return report
+            if live:
+                self._begin()
 
     def state_dict(self) -> dict[str, Any]:
         """Write everything that training needs to go on, beside model and optimiser.
@@ -245,11 +245,8 @@ class Attached:
         Raises:
             LoadError: if it is of another policy or model.
         """
-        self._lift()
-        try:
+        with self._off():
             self._course.load_state_dict(state)
-        finally:
-            self._begin()
         self._course.resume(state)
 
     def plan(self) -> Plan:
@@ -262,7 +259,7 @@ class Attached:
             CalibrationError: if the model was not run.
         """
         graph = self._known()
-        with self.unwatched(), outside_inference():
+        with self.unwatched(), outside_inference(), uncollected():
             observation = self.observation()
             plan = decide(self.model, self.policy, graph, observation, self._example)
             return linearized(self.model, plan, graph, observation.sites, example=self._example)
@@ -300,8 +297,9 @@ class Attached:
             heard = hear(model, self._paths, self._probes.everywhere(), seed=policy.seed)
             return replace(found, signals=heard)
 
-    def _streams(self, graph: Graph) -> dict[str, int]:
-        return streams(self.model, self.policy, graph, self._probes.size)
+    def _rows(self, graph: Graph, paths: tuple[str, ...]) -> dict[str, dict[str, int]]:
+        asked = paths if "signals" in self._needs else ()
+        return rows(self.model, self.policy, graph, self._probes.size, heard=asked)
 
     def _known(self) -> Graph:
         missing = ranks_where(self.graph is None)  # all ranks fail, or those that wait hang
@@ -320,14 +318,13 @@ class Attached:
         )
 
     def _analyse(self, batch: Any) -> None:
-        channels = looks_at_channels(self.policy)
-        graph, example = trace_head(self.model, batch, EXAMPLE, channels=channels)
+        graph, example = examined(self.model, self.policy, batch, EXAMPLE)
         paths = consumers(graph, reached(self.model, self.policy, graph))
         told, limit = "moments" in self._needs, self.policy.calibration.memory
         moments = paths if told else ()
         counts = fineness(self.model, self.policy, graph, example) if told else {}
         more = others(self.model, counts)
-        check_memory(self.model, moments, limit, streams=self._streams(graph), others=more)
+        check_memory(self.model, moments, limit, **self._rows(graph, paths), others=more)
         if told:
             self._recorder = self._recording(paths)
             watch_products(self.model, counts, self._recorder)
@@ -344,6 +341,7 @@ class Attached:
             rows_per_column=calibration.rows_per_dim,
             seed=self.policy.seed,
             explain=self._explain,
+            active=self._open,
         )
 
     def _explain(self, seen: str) -> CalibrationError:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from torch_otprune.structure import Call
+from torch_otprune.structure.forward import unpacked
 
-__all__ = ["Leave", "Watch", "Watches"]
+__all__ = ["Leave", "Watch", "Watches", "hooked"]
 
 
 class Watches(Protocol):
@@ -79,3 +81,23 @@ class Leave:
         if torch.compiler.is_compiling() or self.watch.attached is None or self.watch.busy:
             return
         self.watch.attached.leave(out)
+
+
+def hooked(model: nn.Module, watch: Watch, *, calibrates: bool) -> ExitStack:
+    """Put both hooks on the root of a model.
+
+    Args:
+        model: to be watched.
+        watch: the hook in front.
+        calibrates: whether whatever runs is calibration: then padded texts must have a shape, and
+            encoders that pack them stop doing so for as long.
+
+    Returns:
+        what takes it all off when it is closed.
+    """
+    hooks = ExitStack()
+    if calibrates:
+        hooks.enter_context(unpacked(model))
+    hooks.callback(model.register_forward_pre_hook(watch, with_kwargs=True).remove)
+    hooks.callback(model.register_forward_hook(Leave(watch)).remove)
+    return hooks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,12 @@ Weights = Annotated[
 Rules = Annotated[
     Path | None,
     typer.Option("--policy", "-p", help="Policy as YAML; by default the one on the model's class."),
+]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict/--no-strict", help="Whether the factory's classes and attributes must be those."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
@@ -131,7 +138,7 @@ def apply(  # noqa: PLR0917 (the shell names them)
 
 
 @app.command()
-def verify(
+def verify(  # noqa: PLR0917 (the shell names them)
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="What `apply` or otp.save wrote.")
     ],
@@ -145,13 +152,14 @@ def verify(
         Path | None,
         typer.Option("--weights", "-w", help="Dense weights to compare the answers with."),
     ] = None,
+    strict: Strict = True,
     json: Json = False,
 ) -> None:
     """Reload a saved model, check its hashes and sizes, and run it."""
     with screen(json=json) as show:
         from torch_otprune.cli.actions import check
 
-        check(show, directory, factory, data=data, weights=weights)
+        check(show, directory, factory, data=data, weights=weights, strict=strict)
 
 
 @app.command()
@@ -163,7 +171,10 @@ def export(  # noqa: PLR0917 (the shell names them)
         str, typer.Option("--factory", "-f", help="Builds the dense model: package.module:factory.")
     ],
     data: Data,
-    to: Annotated[str, typer.Option("--to", help="Format: onnx or torch_export.")] = "onnx",
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="onnx or torch_export; by the ending of --out, or onnx."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file; by default beside the model.")
     ] = None,
@@ -174,6 +185,7 @@ def export(  # noqa: PLR0917 (the shell names them)
     sequence: Annotated[
         bool, typer.Option("--dynamic-sequence", help="Take texts of any length.")
     ] = False,
+    strict: Strict = True,
     json: Json = False,
 ) -> None:
     """Write a saved model as ONNX or for torch.export, and compare the file with the model."""
@@ -181,7 +193,8 @@ def export(  # noqa: PLR0917 (the shell names them)
         from torch_otprune.cli.deliver import deliver
 
         options = {"dynamic_batch": not fixed, "dynamic_sequence": sequence}
-        deliver(show, directory, factory, data=data, to=to, out=out, options=options)
+        ask = partial(deliver, show, directory, factory, data=data, options=options)
+        ask(to=to, out=out, strict=strict)
 
 
 @app.command()

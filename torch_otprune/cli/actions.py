@@ -14,6 +14,7 @@ from torch_otprune import demo
 from torch_otprune.attach import attach, observe
 from torch_otprune.cli import names
 from torch_otprune.cli.files import check_directory, check_file, read_plan, write
+from torch_otprune.cli.reload import reload, saved_in
 from torch_otprune.cli.screen import Bars, Screen
 from torch_otprune.errors import OTPruneError, PolicyError, VerificationError
 from torch_otprune.pipeline import apply_
@@ -23,8 +24,7 @@ from torch_otprune.report import agreement, count_macs, count_params
 from torch_otprune.report.table import depth_sections, plan_costs
 from torch_otprune.report.words import error
 from torch_otprune.statistics import collect
-from torch_otprune.store import load, plan_of, save
-from torch_otprune.store.files import PLAN
+from torch_otprune.store import plan_of, save
 from torch_otprune.structure import evaluating, flat_tensors, run
 
 __all__ = ["carry_out", "check", "make_plan", "print_schema", "run_demo"]
@@ -149,7 +149,13 @@ def carry_out(
 
 
 def check(
-    show: Screen, directory: Path, factory: str, *, data: str | None, weights: Path | None
+    show: Screen,
+    directory: Path,
+    factory: str,
+    *,
+    data: str | None,
+    weights: Path | None,
+    strict: bool,
 ) -> None:
     """Reload a saved model, check it against its plan, and run it.
 
@@ -159,6 +165,7 @@ def check(
         factory: name of what builds the dense model.
         data: name of batches to run.
         weights: the dense model's weights, to compare answers with.
+        strict: as for `otp.load`.
 
     Raises:
         OTPruneError: if weights come without data, or the model is not what its plan says.
@@ -169,8 +176,8 @@ def check(
             where=f"--weights {weights}",
             fix="pass --data as well.",
         )
-    root = directory / "model" if (directory / "model" / PLAN).is_file() else directory
-    net = load(root, factory=lambda: names.model(factory))
+    root = saved_in(directory)
+    net = reload(root, factory, strict=strict)
     plan = plan_of(net)
     _expect("params", count_params(net), plan.params.after)
     facts: dict[str, Any] = {"model": str(root), "plan": plan.hash, "params": count_params(net)}

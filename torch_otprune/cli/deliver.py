@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from torch_otprune.cli import names
+from torch_otprune.cli.reload import reload, saved_in
 from torch_otprune.cli.screen import Screen
-from torch_otprune.errors import OTPruneError
-from torch_otprune.integrations.export import FORMATS, export
+from torch_otprune.integrations.asked import FORMATS, settled
+from torch_otprune.integrations.export import export
 from torch_otprune.statistics import collect
-from torch_otprune.store import load
-from torch_otprune.store.files import PLAN
+from torch_otprune.structure.forward import batch_size
 
 __all__ = ["deliver"]
 
@@ -26,8 +26,9 @@ def deliver(
     factory: str,
     *,
     data: str,
-    to: str,
+    to: str | None,
     out: Path | None,
+    strict: bool,
     options: dict[str, Any],
 ) -> None:
     """Load a saved model, write it for other programs, and compare the two.
@@ -37,23 +38,22 @@ def deliver(
         directory: what `apply` or `otp.save` wrote.
         factory: name of what builds the dense model.
         data: name of batches as the model takes them.
-        to: the format.
+        to: the format; None to go by the ending of the file, and for ONNX where none is named.
         out: the file; by default beside the saved model.
+        strict: as for `otp.load`.
         options: more arguments of `otp.export`.
-
-    Raises:
-        OTPruneError: if the format is unknown.
     """
-    if to not in FORMATS:
-        raise OTPruneError(
-            f"'{to}' is no format.", where=f"--to {to}", fix=f"say one of {', '.join(FORMATS)}."
-        )
-    root = directory / "model" if (directory / "model" / PLAN).is_file() else directory
-    net = load(root, factory=lambda: names.model(factory))
-    batches = collect(net, names.data(data), _SAMPLES)
+    root = saved_in(directory)
     whole = root.resolve()
-    path = whole.with_name(f"{whole.name}{FORMATS[to]}") if out is None else out
-    made = export(net, path, batches[0], to=to, check=batches[1:_COMPARED], **options)  # type: ignore[arg-type]
+    where = f"--to {to}" if to else f"--out {out}"
+    kind = settled(out or Path("model"), to or ("onnx" if out is None else None), where=where)
+    path = whole.with_name(f"{whole.name}{FORMATS[kind]}") if out is None else out
+    net = reload(root, factory, strict=strict)
+    batches = collect(net, names.data(data), _SAMPLES)
+    more = batches[1:_COMPARED]
+    if not options["dynamic_batch"]:  # the last one may be shorter
+        more = [batch for batch in more if batch_size(batch) == batch_size(batches[0])]
+    made = export(net, path, batches[0], to=kind, check=more, **options)
     facts = {
         "file": str(made.path),
         "format": made.to,

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
+from torch_otprune.doctor.notes import quoted
 from torch_otprune.plan import owned_blocks, owned_sites
 from torch_otprune.plan.reach import instead
 from torch_otprune.policy import Layers, Linearize, Policy, Units, module_classes, owner
@@ -16,7 +17,6 @@ from torch_otprune.structure.layers import holder
 
 __all__ = ["idle"]
 
-_NAMED = 3  # modules named in one note
 _UNITS = {
     "channels": "are no channels",
     "heads": "are no heads",
@@ -87,16 +87,16 @@ def _tied(policy: Policy, index: int, graph: Graph, *, classes: Classes) -> str:
         paths = list(dict.fromkeys(holder(path, classes) for path in group.owners))
         hit = [p for p in paths if owner([rule], p, classes, ignore=policy.ignore) is not None]
         if hit and len(hit) < len(paths):
-            missed = _quoted([path for path in paths if path not in hit])
+            missed = quoted([path for path in paths if path not in hit])
             return f"'{hit[0]}' is tied to {missed}, which it leaves out; target {missed} as well"
     return ""
 
 
 def _layers(free: Sequence[str], owned: Sequence[str]) -> str:
     if owned:
-        return f"{_quoted(owned)} cannot go, as the table of what stays whole says"
+        return f"{quoted(owned)} cannot go, as the table of what stays whole says"
     if free:
-        return f"no layer that can go is among its targets; {_quoted(free)} can"
+        return f"no layer that can go is among its targets; {quoted(free)} can"
     return "the model has no layer that can go"
 
 
@@ -104,10 +104,5 @@ def _sites(free: Sequence[str], owned: int) -> str:
     if owned:
         return "none of its activations can become linear, as their table says"
     if free:
-        return f"no activation is among its targets; {_quoted(free)} can become linear"
+        return f"no activation is among its targets; {quoted(free)} can become linear"
     return "the model has no activation that can become linear"
-
-
-def _quoted(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(f"'{name}'" for name in names[:_NAMED]) + more

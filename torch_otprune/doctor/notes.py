@@ -11,7 +11,7 @@ from torch import nn
 from torch_otprune.structure.doctor import Finding
 from torch_otprune.structure.forward import evaluating, flat_tensors, run
 
-__all__ = ["notes"]
+__all__ = ["notes", "quoted"]
 
 _NAMED = 3  # modules named in one note
 _HOOKS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
@@ -50,20 +50,28 @@ def notes(model: nn.Module, example: Any, found: Sequence[Finding]) -> Iterator[
     hidden = [path for path, module in model.named_modules() if _hooked(module)]
     if hidden:
         yield (
-            f"a hook of torch.nn.utils computes the weight of {_quoted(hidden)}, which is not "
+            f"a hook of torch.nn.utils computes the weight of {quoted(hidden)}, which is not "
             "followed: use the same from torch.nn.utils.parametrizations, or remove it first"
         )
     idle = list(dict.fromkeys(f.parameter.rpartition(".")[0] for f in found if _idle(f)))
     if idle:
         yield (
-            f"{_quoted(idle)} did not run: all of this holds for the way that the example takes "
+            f"{quoted(idle)} did not run: all of this holds for the way that the example takes "
             "through the model, and what it does not reach stays"
         )
 
 
-def _quoted(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
-    return ", ".join(f"'{path}'" for path in paths[:_NAMED]) + more
+def quoted(names: Sequence[str]) -> str:
+    """Name the first few, and count the others.
+
+    Args:
+        names: of modules.
+
+    Returns:
+        part of a sentence.
+    """
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(f"'{name}'" for name in names[:_NAMED]) + more
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_otprune.attach import attach as attach_
+from torch_otprune.errors import OTPruneError
 from torch_otprune.integrations.extras import needed
 from torch_otprune.integrations.loop import check_alone
 from torch_otprune.policy import Policy
 from torch_otprune.report import Report
 from torch_otprune.surgery.rebind import Optimizes
+from torch_otprune.training.distill import Match
 
 __all__ = ["Accelerated", "attach", "bare"]
 
@@ -37,6 +39,9 @@ class Accelerated:
         example: Any = None,
         data: Any = None,
     ) -> None:
+        kind = needed("accelerate", "hf").Accelerator
+        if not isinstance(accelerator, kind) or not isinstance(model, nn.Module):
+            raise _swapped(accelerator, model)
         check_alone(accelerator.num_processes, "accelerate.attach, Accelerator.num_processes")
         self.accelerator = accelerator
         inner = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -70,9 +75,11 @@ class Accelerated:
         """Say what the rules' penalties add to the loss, as `Attached.penalty` does."""
         return self.attached.penalty()
 
-    def distill(self, weight: float = 1.0, *, temperature: float = 2.0) -> Tensor:
+    def distill(
+        self, weight: float = 1.0, *, temperature: float = 2.0, match: Match = "auto"
+    ) -> Tensor:
         """Say what distillation adds to the loss, as `Attached.distill` does."""
-        return self.attached.distill(weight, temperature=temperature)
+        return self.attached.distill(weight, temperature=temperature, match=match)
 
     def state_dict(self) -> dict[str, Any]:
         """Write how far the schedule is; `accelerator.register_for_checkpointing` asks for it."""
@@ -108,9 +115,19 @@ def attach(
         the handle, a context manager.
 
     Raises:
-        OTPruneError: as `otp.attach`, and if several processes train together.
+        OTPruneError: as `otp.attach`, if several processes train together, or if the first two
+            arguments are swapped.
     """
     return Accelerated(accelerator, model, policy, example=example, data=data)
+
+
+def _swapped(accelerator: object, model: object) -> OTPruneError:
+    given = f"{type(accelerator).__name__} and {type(model).__name__}"
+    return OTPruneError(
+        f"attach takes the accelerator first, then the model; it got {given}.",
+        where="accelerate.attach",
+        fix="write attach(accelerator, model, policy).",
+    )
 
 
 def _skipped(optimizer: Optimizes) -> bool:

@@ -9,30 +9,27 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_otprune.attach import check_unattached
 from torch_otprune.errors import OTPruneError, VerificationError
-from torch_otprune.integrations.calls import plain, servable, tensors_of
-from torch_otprune.integrations.onnx_file import check_installed
-from torch_otprune.integrations.programs import Ask, Program
-from torch_otprune.structure.forward import (
-    Call,
-    batch_size,
-    called,
-    evaluating,
-    first_line,
-    run_checked,
+from torch_otprune.integrations.asked import (
+    FORMATS,
+    Format,
+    answered,
+    calls_of,
+    check_module,
+    check_numbers,
+    settled,
 )
+from torch_otprune.integrations.calls import plain, servable, tensors_of
+from torch_otprune.integrations.programs import Ask, Program, one_size
+from torch_otprune.structure.forward import Call, batch_size, evaluating, first_line, run
 
 __all__ = ["FORMATS", "Exported", "export"]
-
-Format = Literal["onnx", "torch_export"]
-FORMATS: dict[str, str] = {"onnx": ".onnx", "torch_export": ".pt2"}
-"""What can be written, with the usual ending of its file."""
 
 _LIMITS = {torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of a chain of roundings to 11 and 8 bits
 _LIMIT = 1e-5
@@ -68,7 +65,7 @@ def export(
     path: str | Path,
     example: Any,
     *,
-    to: Format = "onnx",
+    to: Format | None = None,
     dynamic_batch: bool = True,
     dynamic_sequence: bool = False,
     check: Sequence[Any] = (),
@@ -84,38 +81,43 @@ def export(
         model: any module, pruned or not; it is traced in evaluation mode and left as it was.
         path: the file to write; an older one is replaced.
         example: one batch: a tensor, a tuple, or a dict of keywords such as a tokenizer's.
-        to: `onnx`, run by ONNX Runtime among others, or `torch_export`, read by torch alone.
+        to: `onnx`, run by ONNX Runtime among others, or `torch_export`, read by torch alone; None
+            to go by the ending of the file, `.onnx` or `.pt2`.
         dynamic_batch: whether the file takes any number of samples.
         dynamic_sequence: whether it takes any length of the second axis of whatever has two axes,
             such as `input_ids`; equal lengths stay equal.
         check: further batches to compare on, where drawn values make no sense to the model.
-        tolerance: relative difference that is allowed; by default 1e-5, 1e-2 in float16 and 4e-2
-            in bfloat16.
-        opset: version of ONNX's operators; None leaves it to torch.
+        tolerance: relative difference that is allowed, from 0 on; by default 1e-5, 1e-2 in
+            float16 and 4e-2 in bfloat16.
+        opset: version of ONNX's operators; None leaves it to torch, which knows no older one.
 
     Returns:
         names, axes, and the largest difference found.
 
     Raises:
-        OTPruneError: if the extra is not installed, the model cannot be traced or expressed, the
-            file cannot be written, or it disagrees; no file is left behind then.
+        OTPruneError: if a setting or a batch cannot be used, the extra is not installed, the model
+            answers NaN, cannot be traced or expressed, the file cannot be written, or it
+            disagrees; no file is left behind then.
 
     Limits: a Transformers model is traced without its cache, so a causal one reads whole texts.
     """
-    _check_arguments(Path(path), to)
+    kind = settled(Path(path), to)
+    check_module(model)
     check_unattached(model)
-    batches = [called(model, batch) for batch in (example, *check)]
+    check_numbers(kind, tolerance=tolerance, opset=opset)
+    batches = calls_of(model, example, check, batch=dynamic_batch, sequence=dynamic_sequence)
     limit = _limit(model) if tolerance is None else tolerance
     with evaluating(model), torch.no_grad(), servable(model):
-        run_checked(model, batches[0], 0)
+        for index, (call, given) in enumerate(zip(batches, (example, *check), strict=True)):
+            answered(model, call, given, f"check[{index - 1}]" if index else "the example")
         program = Program(model, batches[0], batch=dynamic_batch, sequence=dynamic_sequence)
         tests = [*program.tests(), *batches[1:]]
         with _aside(Path(path)) as draft:
-            ask = program.write(draft, to=to, opset=opset)
+            ask = program.write(draft, to=kind, opset=opset)
             error = max(_far(model, ask, test, limit=limit) for test in tests)
     return Exported(
         Path(path),
-        to,
+        kind,
         program.inputs,
         program.outputs,
         tuple(dict.fromkeys(program.axes.values())),
@@ -123,21 +125,6 @@ def export(
         ask.by,
         error,
     )
-
-
-def _check_arguments(path: Path, to: str) -> None:
-    if to not in FORMATS:
-        raise OTPruneError(
-            f"'{to}' is no format.", where="export, to", fix=f"say one of {', '.join(FORMATS)}."
-        )
-    if path.is_dir():
-        raise OTPruneError(
-            "the file cannot be written: this is a directory.",
-            where=f"export, {path}",
-            fix=f"name a file, such as {path / f'model{FORMATS[to]}'}.",
-        )
-    if to == "onnx":
-        check_installed()
 
 
 def _limit(model: nn.Module) -> float:
@@ -167,8 +154,14 @@ def _aside(path: Path) -> Iterator[Path]:
 
 def _far(model: nn.Module, ask: Ask, test: Call, *, limit: float) -> float:
     """Measure how far a file's answers are from the model's, and object if that is too far."""
-    wanted = tensors_of(plain(run_checked(model, test, 0)), "output")
     size = batch_size(test)
+    try:
+        wanted = tensors_of(plain(run(model, test)), "output")
+    except Exception as error:  # forward is the user's: it may raise anything
+        raise one_size(model, error) from error
+    for name, value in wanted.items():
+        if value.numel() and not bool(value.isfinite().any()):
+            raise _disagreement(model, f"no value of '{name}' is finite, so none says", size)
     try:
         found = ask(test)
     except Exception as error:  # a runtime may raise anything

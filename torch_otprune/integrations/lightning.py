@@ -61,12 +61,14 @@ class _Pruning(Loop):
         self.end()
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
-        """Take the hooks off."""
-        self.end()
+        """Take the hooks off, also where no checkpoint could be read."""
+        vars(pl_module).pop(_HOOK, None)
+        self.end(exception)
 
     def state_dict(self) -> dict[str, Any]:
-        """Write how far the schedule is."""
-        return {} if self.attached is None else self.attached.state_dict()
+        """Write how far the schedule is, also in a checkpoint that is taken behind `fit`."""
+        known = self.attached or self.ended
+        return {} if known is None else known.state_dict()
 
     @property
     def state_key(self) -> str:

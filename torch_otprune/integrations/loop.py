@@ -29,6 +29,7 @@ class Loop:
 
     Attributes:
         attached: the handle while training runs, for `penalty()` and `distill()`.
+        ended: the handle behind it, which knows how far the schedule came.
         reports: of the rounds so far.
     """
 
@@ -45,6 +46,7 @@ class Loop:
         self.policy, self.part, self.data, self.example = policy, part, data, example
         self.ema = tuple(ema)
         self.attached: Attached | None = None
+        self.ended: Attached | None = None
         self.reports: list[Report] = []
 
     def begin(self, model: nn.Module) -> Attached:
@@ -96,10 +98,15 @@ class Loop:
             self.reports.append(report)
         return report
 
-    def end(self) -> None:
-        """Take the hooks off."""
+    def end(self, error: BaseException | None = None) -> None:
+        """Take the hooks off.
+
+        Args:
+            error: that ends the training, if one does; without it rounds left over are warned of.
+        """
         if self.attached is not None:
-            self.attached.remove()
+            self.ended = self.attached
+            self.attached.__exit__(type(error) if error else None, error, None)
         self.attached = None
 
 

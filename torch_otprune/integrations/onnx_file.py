@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_otprune.errors import StructureError
+from torch_otprune.errors import OTPruneError, StructureError
 from torch_otprune.integrations.extras import needed
 
-__all__ = ["Session", "check_installed", "hushed", "write"]
+__all__ = ["Session", "check_installed", "check_opset", "hushed", "write"]
+
+_OLDEST = 18  # what torch's exporter writes first and converts from
 
 
 def check_installed() -> None:
@@ -30,6 +32,25 @@ def check_installed() -> None:
         needed(package, "onnx")
 
 
+def check_opset(opset: object) -> None:
+    """Object to a version of the operators that does not exist, or that torch cannot write.
+
+    Args:
+        opset: what is asked for; None leaves it to torch.
+
+    Raises:
+        OTPruneError: naming the versions that there are.
+    """
+    newest: int = needed("onnx.defs", "onnx").onnx_opset_version()
+    known = isinstance(opset, int) and not isinstance(opset, bool)
+    if opset is not None and not (known and _OLDEST <= opset <= newest):  # type: ignore[operator]
+        raise OTPruneError(
+            f"opset {opset!r} cannot be written: versions are {_OLDEST} to {newest}.",
+            where="export, opset",
+            fix=f"pass a whole number from {_OLDEST} to {newest}, or leave opset out.",
+        )
+
+
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
     """Keep exporters from talking: they print, warn and log about their own insides.
@@ -40,7 +61,11 @@ def hushed() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]
     talk = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(talk):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(talk),
+        contextlib.redirect_stderr(talk),
+    ):
         warnings.simplefilter("ignore")
         try:
             for logger in loggers:
@@ -71,7 +96,7 @@ def write(
         opset: version of the operators; None leaves it to torch.
 
     Raises:
-        StructureError: if ONNX has no such operator.
+        StructureError: if ONNX has no such operator, or not in that version.
     """
     _reshape_freely_(program)
     try:
@@ -86,6 +111,13 @@ def write(
     except torch.onnx.OnnxExporterError as error:
         problem, where, fix = _inexpressible(program, str(error))
         raise StructureError(problem, where=where, fix=fix) from error
+    written = made.model.graph.opset_imports.get("")
+    if opset not in {None, written}:
+        raise StructureError(
+            f"torch writes this model with opset {written}, and cannot turn that into {opset}.",
+            where="export, opset",
+            fix=f"pass opset={written}, or leave opset out.",
+        )
     for value in (*made.model.graph.inputs, *made.model.graph.outputs):
         _name_axes_(value, axes)
     for node in made.model.graph:

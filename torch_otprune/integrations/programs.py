@@ -17,7 +17,7 @@ from torch_otprune.integrations.calls import Door, door_of, fresh, plain, resize
 from torch_otprune.integrations.onnx_file import Session, hushed, write
 from torch_otprune.structure.forward import Call, batch_size, first_line, map_tensors, run
 
-__all__ = ["Ask", "Program"]
+__all__ = ["Ask", "Program", "one_size"]
 
 _TRACED = 2  # samples: torch.export takes an axis of length one for a constant
 
@@ -41,14 +41,21 @@ class Program:
         # Sizes that must not change are those of the example itself.
         self.size = _TRACED if batch else size
         self.example = resized(example, self.size, batch=size) if batch else example
+        out = self._run()
         self.door, self.call = door_of(model, self.example)
         self.lengths = _lengths(self.call) if sequence else {}
         self.inputs = tuple(tensors_of(self.door.named(self.call)))
-        found = tensors_of(plain(run(model, self.example)), "output")
+        found = tensors_of(plain(out), "output")
         self.outputs = tuple(f"{n}_out" if n in self.inputs else n for n in found)
         self.ranges: dict[str, dict[str, int]] = {}
         self.traced = self._trace()
         self.axes = self._axes()
+
+    def _run(self) -> Any:
+        try:
+            return run(self.model, self.example)
+        except Exception as error:  # it ran on the user's own number of samples
+            raise one_size(self.model, error) from error
 
     def _trace(self) -> ExportedProgram:
         try:
@@ -198,15 +205,32 @@ def _untraceable(model: nn.Module, error: Exception) -> StructureError:
     text = str(error)
     if "specialized it to be a constant" in text or "Constraints violated" in text:
         axis = "sequence" if "sequence" in text.split("!", 1)[0] else "batch"
-        return StructureError(
-            f"the model works for one size of the axis '{axis}' only: its forward writes it down.",
-            where=type(model).__name__,
-            fix=f"pass dynamic_{axis}=False, or take the size from the input.",
-        )
+        return one_size(model, axis=axis)
     return StructureError(
         f"torch.export cannot trace this: {first_line(error).rstrip('.')}.",
         where=_innermost(model, error),
         fix="write that forward without branches on values, or leave the model in Python.",
+    )
+
+
+def one_size(
+    model: nn.Module, error: Exception | None = None, *, axis: str = "batch"
+) -> StructureError:
+    """Say that a model has the length of an axis written down.
+
+    Args:
+        model: the model.
+        error: what it raised on another length.
+        axis: name of the axis.
+
+    Returns:
+        the error to raise.
+    """
+    said = "" if error is None else f"; on another it says: {first_line(error).rstrip('.')}"
+    return StructureError(
+        f"the model works for one size of the axis '{axis}' only: its forward writes it down.",
+        where=(type(model).__name__ if error is None else _innermost(model, error)) + said,
+        fix=f"pass dynamic_{axis}=False, or take the size from the input.",
     )
 
 

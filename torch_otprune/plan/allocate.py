@@ -23,6 +23,7 @@ __all__ = ["Allocation", "Choice", "allocate"]
 
 LANDING = 0.99  # a budget used less than this is explained
 LARGEST = 1 << 62  # costs are 64-bit integers
+_ROOT = "the model's own forward"  # products that no layer inside of it runs
 _NONE: frozenset[str] = frozenset()
 _ALONE: Mapping[str, str] = MappingProxyType({})
 
@@ -240,7 +241,9 @@ def _blockers(model: CostModel, keep: Mapping[str, int], blocks: frozenset[str])
     priced = (owner for owner in price if price[owner])
     worst = sorted(priced, key=lambda owner: (-price[owner], owner))[:3]
     held = (_held(sorted(groups[owner]), keep, blocks) for owner in worst)
-    return [f"{owner} {price[owner]:,} ({why})" for owner, why in zip(worst, held, strict=True)]
+    return [
+        f"{owner or _ROOT} {price[owner]:,} ({why})" for owner, why in zip(worst, held, strict=True)
+    ]
 
 
 def _held(groups: Sequence[str], keep: Mapping[str, int], blocks: frozenset[str]) -> str:

@@ -18,7 +18,7 @@ from torch_otprune.plan.reach import floors
 from torch_otprune.plan.ties import kinds, sayable
 from torch_otprune.policy import Layers, Linearize, Policy, Units
 from torch_otprune.statistics.observation import Observation
-from torch_otprune.structure.costs import uncounted
+from torch_otprune.structure.costs import uncounted, unsteady
 from torch_otprune.structure.fingerprint import fingerprint
 from torch_otprune.structure.graph import CostModel, Dim, Graph, Term
 
@@ -120,7 +120,7 @@ def _told(case: Case, candidates: Sequence[Candidate]) -> list[str]:
     """Say what a reader of the plan should know beside what it decides."""
     names = {candidate.name for candidate in candidates}
     least = floors(group for group in case.graph.groups if group.name in names)
-    few = uncounted(case.graph.costs["macs"])
+    few = (*uncounted(case.graph.costs["macs"]), *unsteady(case.graph))
     ranked = [f"group '{c.name}': {c.note}" for c in candidates if c.note]
     stuck, thin = _stuck(case.policy, candidates), _thin(case.observation)
     return [*stuck, *ranked, *least, *few, *thin]

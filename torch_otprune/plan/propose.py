@@ -272,6 +272,8 @@ _NONE = {
 def _nothing(
     case: Case, index: int, rule: Units, refused: Sequence[Refusal], *, classes: Classes
 ) -> None:
+    # first what was tried and failed: a change of the rule or of the model would free it
+    refused = sorted(refused, key=lambda r: r.group not in case.banned)
     reasons = (
         "; ".join(f"{r.group or 'the model'}: {r.reason}" for r in refused[:3]) or _NONE[rule.unit]
     )

@@ -10,13 +10,13 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from torch_otprune.errors import BudgetError
 from torch_otprune.plan.choice import Choice
+from torch_otprune.structure.configs import Strict, refused
 from torch_otprune.structure.graph import CostModel, Dim, Group, Term
 
 __all__ = ["kinds", "sayable", "tie", "untie"]
@@ -69,14 +69,6 @@ def _config(model: nn.Module, parts: Sequence[str]) -> object | None:
     return found if hasattr(found, "__dict__") else None
 
 
-@runtime_checkable
-class _Strict(Protocol):
-    """A configuration that compares its fields with one another."""
-
-    def validate(self) -> None:
-        """Raise where they contradict each other."""
-
-
 def sayable(model: nn.Module, groups: Iterable[Group], choices: Iterable[Choice]) -> list[Choice]:
     """Leave out numbers of heads that a configuration refuses.
 
@@ -94,7 +86,7 @@ def sayable(model: nn.Module, groups: Iterable[Group], choices: Iterable[Choice]
 
 def _said(model: nn.Module, group: Group, choice: Choice) -> Choice:
     config = _config(model, group.name.split("."))
-    if group.kind != "heads" or not isinstance(config, _Strict):
+    if group.kind != "heads" or not isinstance(config, Strict):
         return choice
     fields = {
         key: value // group.units
@@ -106,11 +98,7 @@ def _said(model: nn.Module, group: Group, choice: Choice) -> Choice:
     def said(width: int) -> bool:
         for key, each in fields.items():
             object.__setattr__(made, key, each * width)
-        try:
-            made.validate()
-        except Exception:  # noqa: BLE001  # whatever it raises, it refuses
-            return False
-        return True
+        return not refused(made)
 
     widths = tuple(filter(said, choice.widths))
     return replace(choice, widths=widths) if widths else choice

@@ -172,13 +172,20 @@ def _translate(error: ValidationError, root: str, locate: Locator | None) -> OTP
     where = (locate(steps) if locate else "") + _spell(root, steps)
     where += f"; {context['hint']}" if context.get("hint") else ""
     where += f" (and {len(others)} more)" if others else ""
-    text, fix = _explain(first, str(steps[-1]) if steps else root)
+    text, fix = _explain(first, _last(root, steps))
     budget = root == "Budget" or first["loc"][:1] == ("budget",)
     return (BudgetError if budget else PolicyError)(text, where=where, fix=fix)
 
 
 def _spell(root: str, steps: Iterable[int | str]) -> str:
     return root + "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps)
+
+
+def _last(root: str, steps: tuple[int | str, ...]) -> str:
+    """Name what is wrong by its own key: `at[0]`, not `0`."""
+    keys = [i for i, step in enumerate(steps) if isinstance(step, str)]
+    first = keys[-1] if keys else len(steps)
+    return _spell(str(steps[first]), steps[first + 1 :]) if keys else _spell(root, steps)
 
 
 def _explain(error: ErrorDetails, name: str) -> tuple[str, str]:

@@ -143,6 +143,11 @@ class Policy(Declaration):
         "`from_pretrained` where this library is imported; `uniform`, by `from_pretrained` alone: "
         "layers of a kind keep equally many units; `plain`, by `otp.load` only",
     )
+    verify: Literal["on", "off"] = Field(
+        default="on",
+        description="whether a plan is checked on the real model before it is returned; `off` "
+        "saves a copy and two forward passes, and lets pass what the analysis may get wrong",
+    )
     schedule: Schedule | None = Field(
         default=None,
         description="when `attached.step` prunes while the model trains; whatever else plans or "
@@ -160,6 +165,7 @@ class Policy(Declaration):
             calibration: Calibration | Mapping[str, Any] = _CALIBRATION,
             seed: int = 0,
             serving: Literal["registered", "uniform", "plain"] = "registered",
+            verify: Literal["on", "off"] = "on",
             schedule: Schedule | Mapping[str, Any] | None = None,
         ) -> None: ...
 

@@ -213,7 +213,7 @@ class _Refit:
         self, module: nn.Module, site: Site, pauses: list[tuple[Pause, Pause]], offset: bool
     ) -> Callable[[], Iterable[Rows]]:
         """Prepare to go over a site's rows; they are kept where they are few."""
-        samples = sum(len(small.inputs) for _, small in pauses)
+        samples = max(sum(len(small.inputs) for _, small in pauses), 1)  # or none is sent here
         wanted = max(ceil(self.setting.rows_per_column * columns(module) / samples), 16)
         look = partial(self._rows, module, site, pauses, offset, wanted)
         size = samples * min(wanted, positions(module, pauses[0][1].inputs))

@@ -58,6 +58,30 @@ class Matching:
         eps = None if self.marginals != "uniform" and not self.eps else self.eps
         return coupling(self.priced(x, y), a, b, eps=eps, relax=hard, solver=self.solver)
 
+    def copied(self, x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Coupling:
+        """Couple features so that, where targets are more, each takes in just one source.
+
+        Args:
+            x: of the sources.
+            y: of the targets.
+
+        Returns:
+            the coupling: copies of a source differ by one at most in number. As `couple` finds
+            it where targets are fewer or a multiple, or a temperature or a solver was asked for.
+        """
+        each, more = divmod(len(y), len(x))
+        if self.eps or self.solver != "auto" or not more or not each:
+            return self.couple(x, y)
+        cost = self.priced(x, y).double()
+        # an assignment of all copies: of the last of each source, some get a target of no price
+        dear = float(cost.max()) * (len(y) + 1) + 1
+        beside = cost.new_full((len(x) * (each + 1), len(x) - more), dear)
+        beside[len(x) * each :] = 0
+        every = torch.cat([cost.repeat(each + 1, 1), beside], dim=1)
+        taken = coupling(every, eps=0).assignment() < len(y)
+        share = taken.unflatten(0, (each + 1, len(x))).sum(0).double() / len(y)
+        return coupling(cost, share, eps=0)
+
     def priced(self, x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
         """Price moving any feature onto any other."""
         if self.cost == "l2":

@@ -40,6 +40,8 @@ def render(report: Report) -> str:
     parts += [_table(s.head[:-1], _brief(s.rows)) for s in depth_sections(report.plan)]
     if worst:
         parts.append(_table(("layer", "before repair", "after repair"), layer_rows(worst)))
+    if notes := [f"note: {note}" for note in report.plan.notes if note.startswith("MACs ")]:
+        parts.append(_capture(notes))
     if rest := len(report.layers) - len(worst):
         parts.append(f"and {rest} layers with smaller errors\n")
     times = ", ".join(f"{stage} {time:.1f} s" for stage, time in report.seconds.items())

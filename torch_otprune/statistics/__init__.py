@@ -9,7 +9,7 @@ from torch_otprune.statistics.observation import Observation, conclude
 from torch_otprune.statistics.recorder import Recorder, check_memory, consumers, quote
 from torch_otprune.statistics.reservoir import Reservoir
 from torch_otprune.statistics.sensitivity import Sensitivity, sense
-from torch_otprune.statistics.signals import hear
+from torch_otprune.statistics.signals import hear, signals_quote
 from torch_otprune.statistics.stream import listen, streams_quote
 
 __all__ = [
@@ -35,5 +35,6 @@ __all__ = [
     "quote",
     "rebatched",
     "sense",
+    "signals_quote",
     "streams_quote",
 ]

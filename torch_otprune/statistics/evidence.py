@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from torch_otprune.statistics.filters import Filters, filters
+from torch_otprune.statistics.filters import Filters, filters, module_at
 from torch_otprune.statistics.loose import flat_rows, stretches
 from torch_otprune.statistics.moments import Moments
 from torch_otprune.statistics.patches import full_weight, supported, taps
@@ -150,7 +150,7 @@ def _consumers(
     *,
     ties: frozenset[str],
 ) -> Iterator[Consumer]:
-    if _module(model, member.path) is None:
+    if module_at(model, member.path) is None:
         yield from _loose(model, member, moments, sensitivity)
     else:
         yield _consumer(model, graph, member, moments, sensitivity, ties=ties)
@@ -208,7 +208,7 @@ def _contents(model: nn.Module, group: Group) -> Float[Tensor, "units features"]
     """Lay out what each expert consists of, its router's rows aside."""
     parts = []
     for member in (m for m in group.members if m.side == "expert"):
-        module = _module(model, member.path)
+        module = module_at(model, member.path)
         if module is not None:
             listed = module.children()
             rows = [torch.cat([p.flatten() for p in m.parameters()]).detach() for m in listed]
@@ -273,7 +273,7 @@ def _untapped(module: nn.Module, weight: Tensor, feel: Tensor) -> tuple[Tensor, 
 def _producers(model: nn.Module, group: Group) -> Tensor:
     parts = []
     for member in group.producers:
-        module = _module(model, member.path)
+        module = module_at(model, member.path)
         if module is None:
             parts.append(flat_rows(model, member.path)[member.index].flatten(1))
             continue
@@ -288,18 +288,10 @@ def _scales(model: nn.Module, group: Group) -> Tensor | None:
         module.weight.detach().double().cpu()[member.index].mean(1)
         for member in group.members
         if member.side == "through"
-        and isinstance(module := _module(model, member.path), BatchNorm)
+        and isinstance(module := module_at(model, member.path), BatchNorm)
         and module.weight is not None
     ]
     return torch.stack(found, dim=1) if found else None
-
-
-def _module(model: nn.Module, path: str) -> nn.Module | None:
-    """Find a member's module; None for a bare parameter."""
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 def _taylor(group: Group, sensitivity: Sensitivity | None) -> Tensor | None:

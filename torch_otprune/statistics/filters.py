@@ -11,7 +11,7 @@ from torch_otprune.statistics.patches import full_weight
 from torch_otprune.structure.graph import Graph, Group, Member
 from torch_otprune.structure.layers import BatchNorm, Conv, channels, norm_behind, tensor
 
-__all__ = ["Filters", "filters", "gain_and_shift"]
+__all__ = ["Filters", "filters", "gain_and_shift", "module_at"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,20 @@ def filters(
     Returns:
         one entry per producer that is a layer, in float64 on the CPU; bare parameters have none.
     """
-    found = [(m, _layer(model, m.path)) for m in group.producers]
+    found = [(m, module_at(model, m.path)) for m in group.producers]
     return tuple(_filters(model, graph, m, ties, module) for m, module in found if module)
 
 
-def _layer(model: nn.Module, path: str) -> nn.Module | None:
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """Find a member's module.
+
+    Args:
+        model: the model.
+        path: of the member.
+
+    Returns:
+        the module; None for a bare parameter.
+    """
     try:
         return model.get_submodule(path)
     except AttributeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import torch
@@ -45,7 +46,7 @@ def supported(module: nn.Module) -> bool:
 def positions(module: nn.Module, x: Tensor) -> int:
     """Count a layer's output positions per sample; input positions where it is not unfolded."""
     if is_dense(module):
-        return x[0].numel() // x.shape[-1]
+        return math.prod(x.shape[1:-1])
     if not supported(module):
         return x[0, 0].numel()
     total = 1
@@ -100,7 +101,7 @@ def rows(module: nn.Module, x: Tensor, at: Tensor) -> Float[Tensor, "rows column
         return output_rows(module, x, at)
     at = at.to(x.device)
     if is_dense(module):
-        return x.reshape(len(x), -1, x.shape[-1])[:, at].flatten(0, 1)
+        return _by_position(x)[:, at].flatten(0, 1)
     assert isinstance(module, Conv)
     geometry = _geometry(module, x)
     if isinstance(module, nn.Conv1d):  # a picture one pixel high
@@ -121,7 +122,12 @@ def _conv_rows(x: Tensor, at: Tensor, geometry: list[_Axis], mode: str) -> Tenso
         (len(x), x.shape[1], high, wide, kh, kw), (sn, sc, sy * sh, sx * sw, sy * dh, sx * dw)
     )
     taken = windows[:, :, at // wide, at % wide]  # samples, channels, positions, kh, kw
-    return taken.permute(0, 2, 1, 3, 4).reshape(len(x) * len(at), -1)
+    return taken.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
+
+
+def _by_position(x: Tensor) -> Float[Tensor, "samples positions channels"]:
+    """Lay out what has channels last; there may be no samples, so no size is left open."""
+    return x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def output_rows(module: nn.Module, y: Tensor, at: Tensor) -> Float[Tensor, "rows out"]:
@@ -137,7 +143,7 @@ def output_rows(module: nn.Module, y: Tensor, at: Tensor) -> Float[Tensor, "rows
     """
     at = at.to(y.device)
     if is_dense(module):
-        return y.reshape(len(y), -1, y.shape[-1])[:, at].flatten(0, 1)
+        return _by_position(y)[:, at].flatten(0, 1)
     return y.flatten(2)[:, :, at].transpose(1, 2).flatten(0, 1)
 
 

@@ -61,6 +61,7 @@ def check_memory(
     limit: float,
     *,
     streams: Mapping[str, int] = _NOTHING,
+    signals: Mapping[str, int] = _NOTHING,
     others: Mapping[str, int] = _NOTHING,
 ) -> None:
     """Refuse statistics that would not fit.
@@ -70,6 +71,7 @@ def check_memory(
         paths: the layers to observe.
         limit: how much they may take, in GiB.
         streams: run of removable blocks to what its rows take, in bytes.
+        signals: layer to what the rows of its signals take, in bytes.
         others: what else is observed, by name, with its columns.
 
     Raises:
@@ -77,6 +79,7 @@ def check_memory(
     """
     parts = [(quote(model, [path]), f"'{path}'") for path in paths]
     parts += [(size, f"the stream at '{name}'") for name, size in streams.items()]
+    parts += [(size, f"the signals at '{path}'") for path, size in signals.items()]
     parts += [(Moments.bytes(width), f"'{name}'") for name, width in others.items()]
     size = sum(part for part, _ in parts)
     _log.info("statistics will take %s", _binary(size))
@@ -109,6 +112,7 @@ class Recorder:
         rows_per_column: rows wanted for each column of a layer's design matrix.
         seed: chooses the positions.
         explain: asked for the error to raise where an input is not finite, given its name.
+        active: whether it observes before `look` is called.
     """
 
     def __init__(
@@ -120,10 +124,11 @@ class Recorder:
         rows_per_column: int,
         seed: int,
         explain: Callable[[str], CalibrationError] | None = None,
+        active: bool = True,
     ) -> None:
         self.paths, self.explain = tuple(paths), explain
         self.samples, self.rows_per_column, self.seed = samples, rows_per_column, seed
-        self.active = True
+        self.active = active
         self.window: tuple[int, int] | None = None
         self.batch = 0, 0  # samples in it, and how many count
         self.moments: dict[str, Moments] = {}

@@ -320,6 +320,8 @@ class _Tap:
         x, z = first_tensor(args, kwargs), first_of(out)
         if x is None or z is None or not (x.requires_grad and z.requires_grad):
             return out  # as under the user's no_grad
+        if not (x.numel() and z.numel()):
+            return out  # no rows were sent here: no evidence
         self.calls.append((x, z))
         # an in-place op downstream must not rewrite the point, nor its value
         return exchanged(out, z, z.clone())

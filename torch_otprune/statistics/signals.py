@@ -18,9 +18,9 @@ from torch_otprune.structure.forward import (
     outside_inference,
     run,
 )
-from torch_otprune.structure.layers import is_dense
+from torch_otprune.structure.layers import channels, is_dense, tensor
 
-__all__ = ["Ears", "hear"]
+__all__ = ["Ears", "hear", "signals_quote"]
 
 ROWS = 2048  # per layer: quantiles of a law are known to about a hundredth of its spread
 
@@ -59,6 +59,28 @@ def hear(
             ears.begin(batch)
             run(model, batch)
     return {path: torch.cat(heard) for path, heard in ears.heard.items()}
+
+
+def signals_quote(
+    model: nn.Module, paths: Iterable[str], *, samples: int, rows: int = ROWS
+) -> dict[str, int]:
+    """Tell how much memory the rows will take at most, before the first batch.
+
+    Args:
+        model: the dense model.
+        paths: as for `hear`.
+        samples: probes over all ranks, at most.
+        rows: as for `hear`.
+
+    Returns:
+        layer to bytes, on each rank.
+    """
+    modules, found = dict(model.named_modules()), {}
+    for path in (p for p in paths if p in modules):
+        wide = torch.float64 if tensor(modules[path], "weight").dtype == torch.float64 else None
+        each = (wide or torch.float32).itemsize * (channels(modules[path], "in") or 0)
+        found[path] = each * max(rows + samples - 1, samples)  # rounded up, sample by sample
+    return found
 
 
 @dataclass

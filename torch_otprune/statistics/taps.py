@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ def flat(tensor: Tensor, axis: int) -> Tensor:
         samples x positions x channels, in float64 on the CPU.
     """
     wide = tensor.detach().double().cpu().movedim(axis, -1)
-    return wide.reshape(len(wide), -1, wide.shape[-1])
+    return wide.reshape(len(wide), math.prod(wide.shape[1:-1]), wide.shape[-1])
 
 
 class Taps(TorchFunctionMode):

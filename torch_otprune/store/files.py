@@ -255,7 +255,10 @@ def _validated(root: Path, page: type[_Page], content: dict[str, Any]) -> _Page:
 
 def _absent(root: Path, name: str) -> LoadError:
     """Say that a file is missing, and whether what is there instead is a pickle."""
-    inside = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    if not root.is_dir():
+        reason = "it is a file" if root.exists() else "the directory does not exist"
+        return damaged(root, reason, "correct the path: it is that of a directory.")
+    inside = sorted(path.name for path in root.iterdir())
     pickles = [other for other in inside if _PICKLE.fullmatch(other)]
     if pickles and name in {PLAN, UNDO, WEIGHTS}:
         reason = f"there is no {name}, and {pickles[0]} is a pickle, which is never opened"

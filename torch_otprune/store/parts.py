@@ -20,6 +20,7 @@ __all__ = [
     "Parts",
     "describe",
     "difference",
+    "differences",
     "gathered",
     "put_back_",
     "read",
@@ -68,6 +69,17 @@ class Difference(NamedTuple):
     attribute: str | None
     here: str | None
     there: str | None
+
+    @property
+    def curable(self) -> bool:
+        """Whether `put_back_` can write what the other model says: no class, no function."""
+        if self.attribute is None or "." in self.attribute or self.there is None:
+            return False
+        try:
+            read(self.there)
+        except ValueError:
+            return False
+        return True
 
     def told(self, here: str, there: str) -> str:
         """Say it in a sentence.
@@ -223,20 +235,33 @@ def difference(here: Parts, there: Parts, *, tables: bool = True) -> Difference 
     Returns:
         the difference; None where there is none.
     """
+    return next(differences(here, there, tables=tables), None)
+
+
+def differences(here: Parts, there: Parts, *, tables: bool = True) -> Iterator[Difference]:
+    """Find the modules and attributes in which two models differ, as `difference` does.
+
+    Args:
+        here: one description.
+        there: the other.
+        tables: whether modules that only one of the two has count.
+
+    Yields:
+        every difference.
+    """
     for path in dict.fromkeys([*there.modules, *here.modules]):
         if path not in here.modules or path not in there.modules:
             if tables:
                 missing = path not in here.modules
                 kind = (there if missing else here).of(path)[0]
-                return Difference(path, None, *((None, kind) if missing else (kind, None)))
+                yield Difference(path, None, *((None, kind) if missing else (kind, None)))
             continue
         (mine, own), (other, theirs) = here.of(path), there.of(path)
         if mine != other:
-            return Difference(path, None, mine, other)
-        apart = sorted(k for k in own.keys() & theirs.keys() if own[k] != theirs[k])
-        if apart:
-            return Difference(path, apart[0], own[apart[0]], theirs[apart[0]])
-    return None
+            yield Difference(path, None, mine, other)
+            continue
+        for key in sorted(k for k in own.keys() & theirs.keys() if own[k] != theirs[k]):
+            yield Difference(path, key, own[key], theirs[key])
 
 
 def without(parts: Parts, other: Parts) -> Parts:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from torch_otprune.errors import LoadError
+from torch_otprune.errors import LoadError, OTPruneError
 from torch_otprune.plan.model import Plan
 from torch_otprune.store.atomic import rescued
 from torch_otprune.store.carry import carry_, places, replace_
 from torch_otprune.store.files import PLAN, Saved, opened
 from torch_otprune.store.fill import Places, chains_of, fill_, finish_, fit_chains_
-from torch_otprune.store.parts import Parts, describe, difference, put_back_, without
+from torch_otprune.store.parts import (
+    Parts,
+    describe,
+    difference,
+    differences,
+    put_back_,
+    without,
+)
 from torch_otprune.store.plans import remember
 from torch_otprune.store.shards import check_shards, tensors_of
 from torch_otprune.structure.fingerprint import fingerprint, layout
 
 __all__ = ["build", "check_parts", "first_difference", "load", "placed", "shapes"]
+
+_REPLACED = 20  # times that other processes may put a new save in place while this one reads
+
+_NAMED = 3  # differences that a warning spells out
 
 
 def load(
@@ -42,7 +54,8 @@ def load(
         device: where all tensors go; None for where the factory puts them, and for the CPU if
             that is the meta device.
         strict: whether classes and plain attributes of the factory's model must be those of the
-            one that was pruned; if not, only tensors are compared.
+            one that was pruned; if not, only tensors are compared, attributes are set to what
+            the saved model says, and a warning names the classes and functions that differ.
 
     Returns:
         a new module in the saved types, ties, plain attributes and training flags.
@@ -52,13 +65,14 @@ def load(
             another model than the one that was pruned. No pickle is ever opened.
     """
     root, home = rescued(Path(directory)), placed(device, where="load(device=)")
-    page = _page(root)
-    try:
-        return _load(root, factory, home, strict=strict)
-    except LoadError:
-        if _page(root) == page:
-            raise
-    return _load(root, factory, home, strict=strict)  # another process had just replaced it
+    for _ in range(_REPLACED):
+        page = _page(root)
+        try:
+            return _load(root, factory, home, strict=strict)
+        except LoadError:
+            if _page(root) == page:
+                raise
+    return _load(root, factory, home, strict=strict)
 
 
 def _page(root: Path) -> bytes | None:
@@ -131,6 +145,8 @@ def _called(factory: Callable[[], nn.Module], where: str) -> object:
         return None
     try:
         return factory()
+    except OTPruneError:  # it says by itself what is wrong
+        raise
     except Exception as error:  # the user's code may raise anything
         raise LoadError(
             f"calling the factory failed: {type(error).__name__}: {error}",
@@ -180,7 +196,12 @@ def _check_dense(
 
 
 def check_parts(
-    model: nn.Module, parts: Parts, factory: Callable[[], nn.Module], *, where: str
+    model: nn.Module,
+    parts: Parts,
+    factory: Callable[[], nn.Module],
+    *,
+    where: str,
+    strict: bool = False,
 ) -> None:
     """Compare classes and plain attributes with those of the model that was pruned.
 
@@ -189,6 +210,7 @@ def check_parts(
         parts: of the dense model that was pruned.
         factory: built again in doubt: what two builds do not agree on says nothing.
         where: what to name in an error.
+        strict: whether the caller has no `strict=False` that an error could speak of.
 
     Raises:
         LoadError: naming the first module and attribute that differ.
@@ -198,11 +220,13 @@ def check_parts(
         return
     found = without(found, describe(build(factory, where=where)))
     if (apart := difference(found, parts)) is not None:
+        curable = ", or strict=False to let what the saved model says prevail"
+        stays = "; strict=False would keep what this one builds"
         raise LoadError(
             apart.told("the factory's model", "the saved one"),
             where=where,
-            fix="pass the factory that built the pruned model, or strict=False to let what the "
-            "saved model says prevail.",
+            fix="pass the factory that built the pruned model"
+            f"{'' if strict else curable if apart.curable else stays}.",
         )
 
 
@@ -261,10 +285,19 @@ def _say_again_(model: nn.Module, saved: Saved, *, strict: bool) -> None:
     if saved.parts is None:
         return
     put_back_(model, saved.parts)
-    apart = difference(describe(model), saved.parts)
-    if strict and apart is not None:
+    apart = list(differences(describe(model), saved.parts))
+    told = [one.told("the loaded model", "the saved one") for one in apart[:_NAMED]]
+    if strict and apart:
         raise LoadError(
-            apart.told("the loaded model", "the saved one"),
+            told[0],
             where=f"load, {type(model).__name__} after its cut",
             fix="make the same change in the factory, or pass strict=False to go without it.",
+        )
+    if apart:
+        more = f" There are {len(apart) - _NAMED} more." if len(apart) > _NAMED else ""
+        warnings.warn(
+            f"what the factory builds stays, for a class or a function cannot be put back: "
+            f"{' '.join(told)}{more} Change the factory if the answers must be those of the saved "
+            "model.",
+            stacklevel=4,
         )

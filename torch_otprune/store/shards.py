@@ -112,15 +112,22 @@ def check_shards(root: Path, stored: Stored) -> dict[str, Header]:
     for file, mark in stored.files.items():
         if (size := (root / file).stat().st_size) != mark.bytes:
             _refuse(root, file, stored, f"it has {size:,} bytes of {mark.bytes:,}")
-        if not file.endswith(".safetensors"):
-            if digest(root / file) != mark.sha256:
-                _refuse(root, file, stored, "the hash differs")
-            continue
         try:
-            found[file] = read_header(root / file)
+            if file.endswith(".safetensors"):
+                found[file] = read_header(root / file)
+            elif digest(root / file) != mark.sha256:
+                _refuse(root, file, stored, "the hash differs")
         except ValueError as error:
             _refuse(root, file, stored, str(error))
+        except OSError as error:
+            _unreadable(root, file, error)
     return found
+
+
+def _unreadable(root: Path, file: str, error: OSError) -> NoReturn:
+    reason = f"its {file} cannot be read: {error.strerror or error}"
+    fix = "pass a directory that you may read, on a disk that works."
+    raise damaged(root, reason, fix) from error
 
 
 def tensors_of(
@@ -146,7 +153,7 @@ def tensors_of(
         except ValueError as error:
             _refuse(root, file, stored, str(error))
         except OSError as error:
-            _refuse(root, file, stored, error.strerror or str(error))
+            _unreadable(root, file, error)
         if found.hexdigest() != stored.files[file].sha256:
             _refuse(root, file, stored, "the hash differs")
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_otprune.errors import LoadError
 from torch_otprune.store.parts import read
 from torch_otprune.store.tensors import storable
 
-__all__ = ["State", "identity", "state_of", "transient"]
+__all__ = ["State", "check_storable", "identity", "state_of", "transient"]
 
 _PLAIN: Any = {"device": "meta", "memory_format": torch.contiguous_format}
 
@@ -100,17 +101,36 @@ def state_of(model: nn.Module) -> State:
     for name, value in {**state, **outside}.items():
         if not isinstance(value, Tensor) and (text := _literal(value)) is not None:
             extra[name] = text
-        elif (reason := storable(value)) is not None:
-            raise LoadError(
-                f"'{name}' is {reason}, which safetensors cannot hold.",
-                where="otp.save",
-                fix="make it a dense tensor of numbers, or an extra state of plain values.",
-            )
         else:
+            check_storable(name, value, where="otp.save")
             named[name] = value
     frozen = (n for n, p in model.named_parameters() if not p.requires_grad)
     flags = {path: module.training for path, module in model.named_modules()}
     return State(named, tuple(outside), tuple(frozen), flags, extra)
+
+
+def check_storable(name: str, value: object, *, where: str) -> None:
+    """Refuse what only pickle could hold.
+
+    Args:
+        name: of the value in its model.
+        value: an entry of a `state_dict`, or a buffer.
+        where: what to name in the error.
+
+    Raises:
+        LoadError: if it is no dense tensor of a type that the format knows.
+    """
+    if (reason := storable(value)) is not None:
+        packed = isinstance(value, Tensor) and (
+            value.is_quantized or is_traceable_wrapper_subclass(value)
+        )
+        raise LoadError(
+            f"'{name}' is {reason}, which safetensors cannot hold.",
+            where=where,
+            fix="save the model before quantising it, and quantise what is loaded."
+            if packed
+            else "make it a dense tensor of numbers, or an extra state of plain values.",
+        )
 
 
 def _literal(value: object) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["KINDS", "Header", "read", "read_header", "size_of", "storable", "write"]
 
@@ -45,6 +46,8 @@ def storable(value: object) -> str | None:
     """
     if not isinstance(value, Tensor):
         return f"an extra state of type {type(value).__name__}"
+    if is_traceable_wrapper_subclass(value):
+        return f"a {type(value).__name__}, made of several tensors"
     if value.is_meta or value.is_quantized or value.layout is not torch.strided:
         return f"a {'meta' if value.is_meta else value.dtype} tensor of layout {value.layout}"
     return None if value.dtype in KINDS else f"of type {value.dtype}"

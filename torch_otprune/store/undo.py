@@ -21,7 +21,7 @@ from torch_otprune.store.plans import forget, remember
 from torch_otprune.store.read import build, check_parts, first_difference, shapes
 from torch_otprune.store.refill import refill_, retree_
 from torch_otprune.store.shards import bytes_of, check_shards, tensors_of
-from torch_otprune.store.state import State, identity
+from torch_otprune.store.state import State, check_storable, identity
 from torch_otprune.store.write import write_page
 from torch_otprune.structure.fingerprint import fingerprint, layout
 from torch_otprune.surgery.compact import renamed
@@ -48,7 +48,8 @@ def save_undo(way: WayBack, directory: Path, *, shard: str | int) -> Path:
 
     Raises:
         PlanError: if the model was pruned again since.
-        LoadError: if the directory is someone else's or cannot be written.
+        LoadError: if the directory is someone else's or cannot be written, or a tensor cannot be
+            stored without pickle.
     """
     way.check("Report.save_undo")
     limit, target = bytes_of(shard, where="save_undo(shard=)"), directory.resolve()
@@ -85,6 +86,7 @@ def _dense_state(way: WayBack, state: set[str]) -> tuple[State, tuple[str, ...]]
     values: dict[object, Tensor] = {}
     named, frozen, parameters = dict[str, Tensor](), list[str](), list[str]()
     for name, tensor, memory, value in way.snapshot.tensors():
+        check_storable(name, value, where="Report.save_undo")
         mark = isinstance(tensor, nn.Parameter), identity(memory)
         named[name] = values.setdefault(mark, value)
         if isinstance(tensor, nn.Parameter):
@@ -211,5 +213,5 @@ def _dense(way: Way, factory: Callable[[], nn.Module] | None, missing: str) -> n
             fix="pass a factory that builds the dense model exactly as it was when pruned.",
         )
     assert way.parts is not None
-    check_parts(dense, way.parts, factory, where=where)
+    check_parts(dense, way.parts, factory, where=where, strict=True)
     return dense

@@ -14,9 +14,10 @@ from torch_otprune.report.measure import count_params
 from torch_otprune.store.atomic import put
 from torch_otprune.store.files import Mark, Saved, Stored, check_target, sealed
 from torch_otprune.store.parts import describe
-from torch_otprune.store.plans import dense_of, plan_of
+from torch_otprune.store.plans import dense_of, known_of, plan_of
 from torch_otprune.store.shards import bytes_of, write_shards
 from torch_otprune.store.state import state_of
+from torch_otprune.structure.eager import is_optimised
 from torch_otprune.structure.fingerprint import fingerprint_of, layout
 from torch_otprune.structure.layers import axes, channels
 
@@ -46,7 +47,8 @@ def save(
         the directory.
 
     Raises:
-        PlanError: if the plan is unknown or does not lead to this model.
+        PlanError: if the plan is unknown or does not lead to this model, or this is a wrapper
+            around the one that was pruned.
         LoadError: if the directory is someone else's or cannot be written, a tensor cannot be
             stored without pickle, or the size is none.
 
@@ -54,6 +56,7 @@ def save(
         comes from the factory when loaded; tensors that share a part of their memory come back
         with memory of their own.
     """
+    _check_bare(model, plan)
     plan = plan_of(model) if plan is None else plan
     limit = bytes_of(shard, where="save(shard=)")
     _check_size(model, plan)
@@ -102,6 +105,29 @@ def write_page(
     """
     stored = make(write_shards(aside, tensors, limit))
     (aside / stored.page).write_text(sealed(stored), encoding="utf-8")
+
+
+def _check_bare(model: nn.Module, plan: Plan | None) -> None:
+    """Refuse a wrapper: its tensors have names that the plan does not know."""
+    if (inner := _wrapped(model, plan)) is not None:
+        raise PlanError(
+            f"this {type(model).__name__} is a wrapper around the model that was pruned.",
+            where="save, model",
+            fix=f"save the model inside it: otp.save(model.{inner}, directory).",
+        )
+
+
+def _wrapped(model: nn.Module, plan: Plan | None) -> str | None:
+    """Name the attribute that holds the pruned model; None where this is no wrapper of it."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "module"
+    if is_optimised(model):
+        return "_orig_mod"
+    if known_of(model) is not None:
+        return None
+    known = ((name, known_of(child)) for name, child in model.named_children())
+    pruned = (name for name, own in known if own and (plan is None or plan.hash == own[0].hash))
+    return next(pruned, None)
 
 
 def _check_size(model: nn.Module, plan: Plan) -> None:

@@ -69,11 +69,16 @@ class CostModel:
         measure: `params` or `macs`.
         terms: what is summed.
         left_out: ops that cost something which nobody can count.
+        open: whether other data of the same shapes may cost another thing.
+        beside: of further samples how many, the cost of each, and the share of the cost that
+            lies in other modules than the example's; empty where none were looked at.
     """
 
     measure: str
     terms: tuple[Term, ...]
     left_out: tuple[str, ...] = ()
+    open: bool = False
+    beside: tuple[int, int, float] | tuple[()] = ()
 
     def at(self, keep: Mapping[str, int]) -> int:
         """Sum the terms at kept unit counts.

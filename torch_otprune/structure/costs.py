@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
 from torch_otprune.structure.coupling import Component
-from torch_otprune.structure.graph import CostModel, Dim, Group, Side, Term
+from torch_otprune.structure.forward import batch_size, map_tensors
+from torch_otprune.structure.graph import CostModel, Dim, Graph, Group, Side, Term
 from torch_otprune.structure.layers import (
     Conv,
     axes,
@@ -21,9 +24,12 @@ from torch_otprune.structure.layers import (
     is_depthwise,
 )
 from torch_otprune.structure.routing import numbered
-from torch_otprune.structure.tally import Tally
+from torch_otprune.structure.tally import Tally, tallied
 
-__all__ = ["cost_models", "uncounted"]
+__all__ = ["beside", "computed", "cost_models", "uncounted", "unsteady"]
+
+_MOST = 64  # samples that MACs are counted on where they depend on the data
+_APART = 0.01  # share by which they may differ without a word
 
 
 def cost_models(
@@ -49,7 +55,7 @@ def cost_models(
     macs += _gone(model, [g for g in groups if not _shared(model, g, tally)], macs)
     return {
         "params": CostModel("params", tuple(params)),
-        "macs": CostModel("macs", tuple(macs), tuple(sorted(tally.left_out))),
+        "macs": CostModel("macs", tuple(macs), tuple(sorted(tally.left_out)), open=tally.open),
     }
 
 
@@ -67,6 +73,62 @@ def uncounted(cost: CostModel) -> tuple[str, ...]:
     shown = ", ".join(map(repr, cost.left_out[:3]))
     more = f" and {len(cost.left_out) - 3} more ops" if cost.left_out[3:] else ""
     return (f"MACs leave out the products inside of {shown}{more}",)
+
+
+def beside(model: nn.Module, graph: Graph, batch: Any, example: Any) -> Graph:
+    """Count MACs on more samples than the example's, where the data may decide how many they are.
+
+    That is where an op of the example's run has a shape that its values decide: a mask, a router,
+    lengths. Elsewhere nothing runs. Samples run by as many as the example has, so that what a
+    batch shares is shared alike, and no more memory is needed than for the example.
+
+    Args:
+        model: the dense model; it is left as it was.
+        graph: its analysis.
+        batch: what the example is the head of.
+        example: what the analysis ran on.
+
+    Returns:
+        the analysis, with what was counted in its costs.
+    """
+    cost, size, each = graph.costs["macs"], batch_size(batch), batch_size(example)
+    pieces = range(0, min(size, _MOST) - each + 1, each)
+    if not cost.open or len(pieces) < 2:
+        return graph
+    rows = (partial(_rows, start=start, stop=start + each, size=size) for start in pieces)
+    runs = [tallied(model, map_tensors(batch, some)).plain for some in rows]
+    mean = {key: sum(run[key] for run in runs) / len(runs) for run in runs for key in run}
+    total = sum(mean.values())
+    apart = sum(abs(macs - runs[0][key]) for key, macs in mean.items()) / max(total, 1)
+    found = replace(cost, beside=(each * len(runs), int(total / each), apart))
+    return replace(graph, costs={**graph.costs, "macs": found})
+
+
+def _rows(tensor: Tensor, *, start: int, stop: int, size: int) -> Tensor:
+    return tensor[start:stop] if tensor.dim() and len(tensor) == size else tensor
+
+
+def unsteady(graph: Graph) -> tuple[str, ...]:
+    """Say where MACs on further samples are others than on the example.
+
+    Args:
+        graph: an analysis that `beside` saw.
+
+    Returns:
+        one sentence, or none.
+    """
+    cost = graph.costs["macs"]
+    if not cost.beside or cost.beside[2] <= _APART:
+        return ()
+    samples, macs, apart = cost.beside
+    counted = cost.at(graph.full())
+    said = f"{macs:,} per sample"
+    if abs(macs - counted) <= _APART * counted:
+        said = f"{apart / 2:.0%} of them in other layers"
+    return (
+        f"MACs depend on the data here: {counted:,} per sample on the first samples, which the "
+        f"plan counts; {said} on {samples} of the first batch; a MAC budget holds for the former",
+    )
 
 
 def _whose(
@@ -187,7 +249,7 @@ def _dim(size: int, by_group: dict[str, int], units: dict[str, int], share: int)
 
 
 def _size_term(name: str, shape: Sequence[int], widths: _Widths) -> Term:
-    whole = _computed(name)
+    whole = computed(name)
     dims = tuple(
         widths.axes.get((whole, axis), Dim(size)) if size > 1 or whole == name else Dim(size)
         for axis, size in enumerate(shape)
@@ -195,7 +257,14 @@ def _size_term(name: str, shape: Sequence[int], widths: _Widths) -> Term:
     return Term(name, 1, dims)
 
 
-def _computed(name: str) -> str:
-    """Name the tensor that a parametrisation computes from a parameter; else the parameter."""
+def computed(name: str) -> str:
+    """Name the tensor that a parametrisation computes from a parameter; else the parameter.
+
+    Args:
+        name: of a parameter.
+
+    Returns:
+        a name under which the tensor is read.
+    """
     *owner, last = name.split("parametrizations.")
     return f"{owner[0]}{last.partition('.')[0]}" if owner else name

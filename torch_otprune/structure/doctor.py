@@ -8,7 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
+from torch.nn.utils import parametrize
 
+from torch_otprune.structure.costs import computed
 from torch_otprune.structure.graph import Blocked, Graph, Group, Kind, Member, Term
 from torch_otprune.structure.layers import axes, bare
 from torch_otprune.structure.remedies import Obstacle, obstacles
@@ -99,8 +101,9 @@ def findings(model: nn.Module, graph: Graph, ran: Container[str]) -> Iterator[Fi
         for path in dict.fromkeys(bare(path)[0] for path in blocked.modules):
             tied[path].append(blocked)
     for name, parameter in model.named_parameters():
-        owner = name.rpartition(".")[0]
-        culprits = _blocked(model, name, [*tied.get(owner, ()), *tied.get(name, ())])
+        whole = computed(name)
+        owner = whole.rpartition(".")[0]
+        culprits = _blocked(model, whole, [*tied.get(owner, ()), *tied.get(whole, ())])
         shape = tuple(parameter.shape)
         if name in cut:
             yield Finding(parameter=name, shape=shape, fate="prunable", groups=cut[name])
@@ -207,8 +210,20 @@ def _tensors(modules: Mapping[str, nn.Module], member: Member) -> Iterator[str]:
     if member.side == "expert":  # a list of them
         for name, _ in modules[member.path].named_parameters():
             yield f"{member.path}.{name}"
-    for tensor, _ in axes(modules[member.path], member.side):
+    for tensor, axis in axes(modules[member.path], member.side):
         yield f"{member.path}.{tensor}"
+        for name in _originals(modules[member.path], tensor, axis):
+            yield f"{member.path}.{name}"
+
+
+def _originals(module: nn.Module, tensor: str, axis: int) -> Iterator[str]:
+    """Name what a parametrisation computes a tensor from, as far as it is as long."""
+    if not parametrize.is_parametrized(module, tensor):
+        return
+    head = f"parametrizations.{tensor}."
+    for name, parameter in module.named_parameters():
+        if name.startswith(head) and (parameter.dim() <= axis or parameter.shape[axis] > 1):
+            yield name
 
 
 def _untouched(module: nn.Module, owner: str, ran: Container[str]) -> tuple[str, str]:

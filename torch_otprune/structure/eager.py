@@ -11,7 +11,7 @@ from torch import nn
 from torch_otprune.errors import StructureError
 from torch_otprune.structure.forward import batch_size, flat_tensors, shapes
 
-__all__ = ["check", "check_example"]
+__all__ = ["check", "check_example", "is_optimised"]
 
 
 def check(model: nn.Module, *, weights: bool = True) -> None:
@@ -109,7 +109,7 @@ def _check_eager(name: str, module: nn.Module, where: str) -> None:
         )
     # a forward that was compiled by itself runs no hook inside
     alone = "_torchdynamo_orig_callable" in getattr(module.forward, "__dict__", {})
-    if alone or module._compiled_call_impl is not None or _is_optimised(module):
+    if alone or module._compiled_call_impl is not None or is_optimised(module):
         raise StructureError(
             f"{name} is compiled.", where=where, fix="prune the eager model, then compile it."
         )
@@ -133,18 +133,24 @@ _QUANTISERS = frozenset("auto_gptq awq bitsandbytes gptqmodel hqq quanto torchao
 
 def _is_quantised(module: nn.Module) -> bool:
     """Tell layers and weights that hold integers, torch's or another library's."""
-    own = [type(p) for p in module.parameters(recurse=False)]
-    rooms = [kind.__module__ for kind in (type(module), *own)]
+    rooms = [kind.__module__ for kind in (type(module), *map(type, module._parameters.values()))]
     return any("quantized" in room or room.split(".")[0] in _QUANTISERS for room in rooms)
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    own = [type(p).__module__ for p in module.parameters(recurse=False)]
-    rooms = [*(kind.__module__ for kind in type(module).__mro__), *own]
+    own = (type(p) for p in module._parameters.values())
+    rooms = [kind.__module__ for kind in (*type(module).__mro__, *own)]
     return any(room.startswith(_SHARDED) for room in rooms)
 
 
-def _is_optimised(module: nn.Module) -> bool:
-    """Tell what `torch.compile` returns; it cannot exist before its package was imported."""
+def is_optimised(module: nn.Module) -> bool:
+    """Tell what `torch.compile` returns; it cannot exist before its package was imported.
+
+    Args:
+        module: any module.
+
+    Returns:
+        whether it is the wrapper itself.
+    """
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     return compiler is not None and isinstance(module, compiler.OptimizedModule)

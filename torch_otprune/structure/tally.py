@@ -34,6 +34,7 @@ Labels = Callable[[Tensor], Sequence[tuple[Tensor, tuple[int, ...]]]]
 
 _Ints = npt.NDArray[np.int64]
 _NONE = -1
+_LENGTHS = (torch.ops.aten._pack_padded_sequence,)  # reads them without a tag that says so
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Tally:
         self.plain: Counter[tuple[str, bool]] = Counter()
         self.rows: Counter[str] = Counter()
         self.left_out: set[str] = set()
+        self.open = False  # other data of the same shapes might make it multiply something else
         self.roots: _Ints = np.zeros(0, dtype=np.int64)
         self.listening = False
         self._running: list[str] = []
@@ -118,6 +120,7 @@ class Tally:
             labels: of its operands.
         """
         owner = self._running[-1] if self._running else ""
+        self.open = self.open or _looks(function)
         if name := left_out(function):
             self.left_out.add(name)
         for product in products(function, given, out):
@@ -157,6 +160,12 @@ class Tally:
         """Share out among the samples."""
         each = Fraction(macs, self.samples)
         return each.numerator if each.denominator == 1 else each
+
+
+def _looks(function: Any) -> bool:
+    """Tell whether what an op returns has a shape, or is a number, that its data decide."""
+    decide = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    return not decide.isdisjoint(function.tags) or function.overloadpacket in _LENGTHS
 
 
 def _memory(tensor: Tensor) -> int:

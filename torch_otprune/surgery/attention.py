@@ -26,6 +26,15 @@ def fit_attention_(model: nn.Module) -> None:
         if child not in made:
             made[child] = _fitted(child)
         parent._modules[name] = made[child]
+    for encoder in filter(_packs, model.modules()):
+        encoder.enable_nested_tensor = encoder.use_nested_tensor = False  # type: ignore[assignment]
+
+
+def _packs(module: nn.Module) -> bool:
+    """Tell whether an encoder may pack its tokens as only PyTorch's own attention reads them."""
+    return isinstance(module, nn.TransformerEncoder) and any(
+        isinstance(inner, SlimAttention) for inner in module.modules()
+    )
 
 
 def _fitted(module: nn.MultiheadAttention) -> nn.Module:

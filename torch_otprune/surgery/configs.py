@@ -5,21 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import nn
 
+from torch_otprune.structure.configs import refused
 from torch_otprune.surgery.layout import is_config
 
 __all__ = ["Change", "Configs"]
-
-
-@runtime_checkable
-class _Strict(Protocol):
-    """A configuration that compares its fields with one another."""
-
-    def validate(self) -> None:
-        """Raise where they contradict each other."""
 
 
 @dataclass(frozen=True)
@@ -122,24 +115,15 @@ def _computes(module: nn.Module) -> bool:
 def _accepted(before: Any, now: Any) -> Any:
     """Take back what a configuration would refuse to be written with."""
     # Some refuse a width that is no multiple of the number of heads, whatever a head's own size.
-    if not _refused(now) or _refused(before):
+    if not refused(now) or refused(before):
         return now
     kept = copy.copy(now)
     for key, value in vars(now).items():
         if value is not vars(before).get(key):
             _set(kept, key, vars(before).get(key))
-            if not _refused(kept):
+            if not refused(kept):
                 break
     return kept
-
-
-def _refused(config: Any) -> bool:
-    try:
-        if isinstance(config, _Strict):
-            config.validate()
-    except Exception:  # noqa: BLE001  # whatever it raises: it will do so again when written
-        return True
-    return False
 
 
 def _set(config: object, key: str, value: Any) -> None:

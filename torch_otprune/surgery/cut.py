@@ -123,8 +123,9 @@ def check_cuts(model: nn.Module, cuts: Iterable[Cut]) -> None:
     Raises:
         PlanError: naming the first module that is missing or has another width.
     """
-    modules, leaves = dict(model.named_modules()), dict(model.named_parameters())
-    leaves |= dict(model.named_buffers())  # type: ignore[arg-type]
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    leaves: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    leaves |= dict(model.named_buffers(remove_duplicate=False))
     for piece in (piece for cut in cuts for piece in cut.slices):
         if piece.path in modules:
             module = modules[piece.path]

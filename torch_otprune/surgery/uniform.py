@@ -21,6 +21,7 @@ _Place = tuple[str, ...]
 
 _Edits = Mapping[_Place, int]
 _HEAD = "head_dim"
+_WHOLE = 1000  # more than the differences inside one module
 _NUMBERS = ("_id", "_idx", "_index")
 
 
@@ -77,7 +78,7 @@ def _search(
     """Write one field after another, each time the one after which least is left to say."""
     edits: dict[_Place, int] = {}
     left = unlike(model, config)
-    for options in (list(_options(model, config, cuts)), list(_empty(config, cuts))):
+    for options in (list(_options(model, config, cuts)), list(_empty(model, config, cuts))):
         while left != () and options:
             tried = [unlike(model, _edited(config, {**edits, **o})[0]) for o in options]
             index = min(range(len(tried)), key=lambda i: _size(tried[i]))
@@ -88,7 +89,10 @@ def _search(
 
 
 def _size(left: tuple[str, ...] | None) -> float:
-    return float("inf") if left is None else len(left)
+    """Weigh what is left; a module that is not there hides whatever else would differ in it."""
+    if left is None:
+        return float("inf")
+    return sum(_WHOLE if "missing" in line else 1 for line in left)
 
 
 def _needed(model: nn.Module, config: Any, edits: _Edits) -> _Edits:
@@ -126,11 +130,18 @@ def _sizes(cuts: Sequence[Cut]) -> set[tuple[int, int]]:
     return {(p.size, len(p.keep)) for p in merged(cuts) if len(p.keep) < p.size}
 
 
-def _empty(config: Any, cuts: Sequence[Cut]) -> Iterator[_Edits]:
+def _empty(model: nn.Module, config: Any, cuts: Sequence[Cut]) -> Iterator[_Edits]:
     """List fields that say nothing, which leaves a width to a rule of the model's own."""
+    sizes = {new for _, new in _sizes(cuts)} | _untold(model, config)
     for place, value in _walk(config):
         if value is None and not place[-1].endswith(_NUMBERS):
-            yield from ({place: new} for _, new in sorted(_sizes(cuts)))
+            yield from ({place: size} for size in sorted(sizes))
+
+
+def _untold(model: nn.Module, config: Any) -> set[int]:
+    """List widths that no field says: the rule no longer gives them where another was cut."""
+    shapes = (p.shape for p in model.parameters() if p.dim() == 2)
+    return {size for shape in shapes for size in shape} - {v for _, v in _fields(config)}
 
 
 def _fields(config: Any) -> Iterator[tuple[_Place, int]]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from math import isfinite
+from numbers import Real
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_otprune.errors import CalibrationError
+from torch_otprune.errors import CalibrationError, PolicyError
 from torch_otprune.structure import Call, flat_tensors
 from torch_otprune.structure.forward import evaluating
 
-__all__ = ["Distill", "Match"]
+__all__ = ["Distill", "Match", "check_terms"]
 
 Match = Literal["auto", "logits", "values"]
 
@@ -72,7 +74,7 @@ class Distill:
         """Say what to add to the loss of the last forward pass.
 
         Args:
-            weight: factor of the term.
+            weight: factor of the term, at least 0.
             temperature: above 0; divides logits before the softmax.
             match: `logits`, `values`, or `auto`: logits are a mapping's `logits`, or the only
                 tensor if it is samples x classes.
@@ -82,7 +84,9 @@ class Distill:
 
         Raises:
             CalibrationError: if there was no forward pass in training mode since the last round.
+            PolicyError: if an argument makes no sense.
         """
+        check_terms(weight, temperature, match)
         if self._got is None or self._call is None:
             raise CalibrationError(
                 "there is nothing to compare: no forward pass in training mode was seen.",
@@ -121,6 +125,38 @@ class Distill:
 
     def _counts(self) -> bool:
         return self.active and self.model.training and torch.is_grad_enabled()
+
+
+def check_terms(weight: object, temperature: object, match: object) -> None:
+    """Refuse what makes no sense of a distillation, also before there is anything to compare.
+
+    Args:
+        weight: factor of the term.
+        temperature: divides logits.
+        match: what is compared.
+
+    Raises:
+        PolicyError: if one of them is out of its range.
+    """
+    where, known = "distill", [repr(name) for name in get_args(Match)]
+    if not _number(weight) or weight < 0:
+        fix = "give a finite number of at least 0."
+        raise PolicyError(f"the weight is {weight!r}.", where=f"{where}, weight", fix=fix)
+    if not _number(temperature) or temperature <= 0:
+        fix = "give a finite number above 0, such as 2.0."
+        raise PolicyError(
+            f"the temperature is {temperature!r}.", where=f"{where}, temperature", fix=fix
+        )
+    if repr(match) not in known:
+        raise PolicyError(
+            f"{match!r} is nothing that can be matched.",
+            where=f"{where}, match",
+            fix=f"write {', '.join(known[:-1])} or {known[-1]}.",
+        )
+
+
+def _number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
 
 
 def _logits(tree: Any, match: Match) -> Tensor | None:

@@ -23,11 +23,13 @@ from torch_otprune.structure.coupling.fields import compact, core, varying
 from torch_otprune.structure.coupling.forest import KEPT
 from torch_otprune.structure.coupling.ledger import Ledger, Role, parametrised
 from torch_otprune.structure.coupling.rules import Named, Rule, flat, unknown
+from torch_otprune.structure.coupling.steps import tie_steps
 from torch_otprune.structure.coupling.table import rule_of
 from torch_otprune.structure.coupling.writes import seen, written
 from torch_otprune.structure.forward import evaluating, flat_tensors, run
 from torch_otprune.structure.graph import Side
 from torch_otprune.structure.layers import (
+    NORMS,
     Conv,
     axes,
     bare_axis,
@@ -106,6 +108,7 @@ def components(
                 output = [run(model, example)]
             if visits is not None:
                 output += visits.runs(lambda: run(model, example))
+        tie_steps(model, ledger)
         for tensor in flat_tensors(output):
             for labels in ledger.fact(tensor).fields:
                 ledger.forest.object(core(labels), "output", "they reach the model's output")
@@ -122,21 +125,28 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _marked(model: nn.Module, ledger: Ledger) -> Iterator[None]:
-    """Note what reaches norms without parameters, whose widths must follow all the same."""
+    """Note what reaches norms without tensors, whose widths must follow all the same."""
 
-    def mark(path: str) -> Any:
-        return lambda module, args, out: ledger.mark(path, out)
+    def mark(path: str, axis: int) -> Any:
+        return lambda module, args, out: ledger.mark(path, out, axis)
 
     bare = [
-        module.register_forward_hook(mark(path))
+        module.register_forward_hook(mark(path, -1 if is_token_norm(module) else 1))
         for path, module in model.named_modules()
-        if is_token_norm(module) and not any(True for _ in module.parameters())
+        if _is_bare(module)
     ]
     try:
         yield
     finally:
         for handle in bare:
             handle.remove()
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Tell a norm none of whose tensors could tell its width."""
+    if is_token_norm(module):
+        return not any(True for _ in module.parameters())
+    return isinstance(module, NORMS) and not any(True for _ in module.state_dict())
 
 
 def _on_cpu() -> AbstractContextManager[Any]:

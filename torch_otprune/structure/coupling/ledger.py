@@ -34,10 +34,12 @@ class Fact:
         source: `data`, computed from what the model was given; `static`, from parameters too but
             from nothing given; `table`, a buffer, or what only moves one; `made`, from buffers and
             constants; `filler`, a constant made in forward, which may follow.
+        even: whether all its numbers are one, as those of zeros like another tensor.
     """
 
     fields: tuple[Tensor, ...] = ()
     source: Source = "data"
+    even: bool = False
 
 
 class Ledger:
@@ -51,6 +53,7 @@ class Ledger:
     def __init__(self, leaves: Iterable[tuple[str, Tensor]]) -> None:
         self.forest = Forest()
         self.facts = WeakTensorKeyDictionary()
+        self.alone = WeakTensorKeyDictionary()  # single channels: whence, if anybody uses them
         self.near: dict[int, Fact] = {}  # of tensors that are alive while one op is followed
         self.names: dict[int, str] = {}
         self.leaves: dict[str, Tensor] = {}
@@ -136,15 +139,16 @@ class Ledger:
                 return core(field).flatten()
         return None
 
-    def mark(self, path: str, out: Any) -> None:
-        """Remember the labels along the last axis of what a module without parameters returns.
+    def mark(self, path: str, out: Any, axis: int) -> None:
+        """Remember the labels along one axis of what a module without tensors returns.
 
         Args:
             path: of the module.
             out: what it returned.
+            axis: on which its channels lie.
         """
-        for field in self.fact(out).fields if isinstance(out, Tensor) else ():
-            if varying(field) == (out.dim() - 1,):
+        for field in self.fact(out).fields if isinstance(out, Tensor) and out.dim() else ():
+            if varying(field) == (axis % out.dim(),):
                 labels = core(field).flatten()
                 self.join(self.marks.setdefault(path, labels), labels)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch_otprune.structure.coupling.fields import compact, core, varying
 from torch_otprune.structure.coupling.forest import KEPT
 from torch_otprune.structure.coupling.ledger import Ledger
 
-__all__ = ["held", "paired"]
+__all__ = ["alone", "held", "paired"]
 
 
 def held(ledger: Ledger, op: Any, field: Tensor, given: Any) -> Tensor:
@@ -79,6 +79,35 @@ _COUNTS: dict[str, Callable[[Tensor, Any], _Count | None]] = {
     "channel_shuffle": _groups,
     "roll": _turns,
 }
+
+
+def alone(ledger: Ledger, op: Any, field: Tensor, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Note where a number names one channel alone: it names another once some before it are gone.
+
+    Many look at one channel for its shape only, so nothing is said before somebody uses it.
+
+    Args:
+        ledger: where that is noted.
+        op: one that moves numbers.
+        field: compact labels of what it is given.
+        parts: what it returns, with the labels of each.
+    """
+    name = op.overloadpacket.__name__
+    if name not in _PICKS:
+        return
+    single = [(made, labels) for made, labels in parts if labels.numel() and not varying(labels)]
+    if not single or not varying(compact(ledger.roots(field))):
+        return
+    line = core(field).flatten()
+    for made, labels in single:
+        one = labels.flatten()[:1]
+        if int(one) != KEPT:
+            # pieces must make up the whole: were one before it shorter, forward would fail
+            last = 0 if name.endswith("sizes") else int((line == one).nonzero().max())
+            ledger.alone[made] = torch.cat([one, line[:last]])
+
+
+_PICKS = frozenset(("select", "slice", "unbind", "split_with_sizes", "unsafe_split_with_sizes"))
 
 
 def paired(ledger: Ledger, op: Any, given: Any, out: Any) -> None:

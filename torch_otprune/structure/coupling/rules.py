@@ -12,7 +12,7 @@ from torch_otprune.structure.coupling.contract import contract, own
 from torch_otprune.structure.coupling.fields import compact, core, spread, varying
 from torch_otprune.structure.coupling.forest import KEPT
 from torch_otprune.structure.coupling.ledger import Fact, Ledger
-from torch_otprune.structure.coupling.moves import held
+from torch_otprune.structure.coupling.moves import alone, held
 
 __all__ = [
     "Named",
@@ -162,7 +162,10 @@ def move(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
     fields: list[list[Tensor]] = [[] for _ in made]
     for field in fact.fields:
         tied = held(ledger, op, field, given)
-        for told, label in zip(fields, flat(_moved(op, tied, dict(others))), strict=True):
+        moved = list(flat(_moved(op, tied, dict(others))))
+        if fact.source == "data" and not fact.even:
+            alone(ledger, op, tied, zip(made, moved, strict=True))
+        for told, label in zip(fields, moved, strict=True):
             told.append(label)
     if op.overloadpacket.__name__ == "expand" and fact.source == "data":
         fields[0] += _repeats(ledger, x, made[0])

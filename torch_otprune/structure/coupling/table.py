@@ -15,15 +15,14 @@ _MOVES = """view _unsafe_view _reshape_alias reshape permute transpose t expand 
     flip roll repeat unfold pixel_shuffle pixel_unshuffle channel_shuffle alias detach
     diagonal movedim swapaxes repeat_interleave native_channel_shuffle rot90 as_strided
     view_copy permute_copy unsqueeze_copy squeeze_copy expand_copy slice_copy""".split()
-_KEEPS = """clone contiguous _to_copy lift_fresh lift_fresh_copy zeros_like ones_like empty_like
-    full_like native_dropout tril triu _conj _neg_view resolve_conj
-    bernoulli alias_copy rand_like randn_like""".split()
+_KEEPS = """clone contiguous _to_copy lift_fresh lift_fresh_copy native_dropout tril triu _conj
+    _neg_view resolve_conj bernoulli alias_copy rand_like randn_like""".split()
 _FILLERS = """zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor
     empty_strided new_empty_strided""".split()
 _SEQUENCES = "arange linspace eye randn rand randint normal tril_indices".split()
 _GRIDS = """max_pool avg_pool adaptive upsample reflection_pad replication_pad
     grid_sampler""".split()
-_POINTWISE = """fill_ zero_ masked_fill where lerp addcmul addcdiv clamp _prelu_kernel
+_POINTWISE = """masked_fill where lerp addcmul addcdiv clamp _prelu_kernel
     rrelu_with_noise hardswish mish softplus hardtanh logit softshrink hardshrink threshold
     log_sigmoid_forward celu elu selu relu6 hardsigmoid gelu silu leaky_relu polar
     nan_to_num isnan bitwise_not complex""".split()
@@ -36,6 +35,9 @@ _TABLE: dict[str, Rule] = {
     **dict.fromkeys(_POINTWISE, rules.pointwise),
     **dict.fromkeys(("view_as_real", "view_as_complex"), moves.paired),
     "copy": writes.write,
+    **dict.fromkeys(("zeros_like", "ones_like", "empty_like", "full_like"), writes.like),
+    "fill_": writes.fill,
+    "zero_": writes.fill,
     "constant_pad_nd": rules.pad,
     "cat": rules.cat,
     "stack": rules.cat,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch_otprune.structure.coupling.fields import compact, core, spread, varyi
 from torch_otprune.structure.coupling.forest import KEPT
 from torch_otprune.structure.coupling.ledger import Fact, Ledger
 
-__all__ = ["seen", "write", "written"]
+__all__ = ["fill", "like", "seen", "write", "written"]
 
 
 def write(ledger: Ledger, op: Any, given: Any, out: Any) -> None:
@@ -20,8 +21,46 @@ def write(ledger: Ledger, op: Any, given: Any, out: Any) -> None:
     x, source = given["self"], given["src"]
     fact = ledger.fact(source)
     if source.numel() == 1 or fact.source == "filler":
+        _overwritten(ledger, x)
         return
-    ledger.put(x, [spread(field, x.shape) for field in fact.fields], fact.source)
+    fields = [spread(field, x.shape) for field in fact.fields]
+    before, after = ([ledger.roots(f) for f in fs] for fs in (ledger.fact(x).fields, fields))
+    if not _alike(before, after):
+        _overwritten(ledger, x)
+    ledger.put(x, fields, fact.source)
+
+
+def like(ledger: Ledger, op: Any, given: Any, out: Any) -> None:
+    """A constant of another tensor's shape: its labels, but the number is everywhere the same."""
+    fact = ledger.fact(given["self"])
+    ledger.put(out, fact.fields if out.shape == given["self"].shape else (), fact.source)
+    ledger.note(out, replace(ledger.fact(out), even=True))
+
+
+def fill(ledger: Ledger, op: Any, given: Any, out: Any) -> None:
+    """A constant instead of what was there: it belongs to whoever is there."""
+    _overwritten(ledger, given["self"])
+
+
+def _overwritten(ledger: Ledger, tensor: Tensor) -> None:
+    """Object to cuts where some channels of a larger tensor are replaced: a number names them.
+
+    The trial alone would not do: where the numbers that move up are zero on the example, as behind
+    a ReLU, it sees no difference.
+    """
+    fact = ledger.fact(tensor)
+    here = _roots(ledger, fact)
+    if not here or fact.source == "filler":
+        return
+    for mate in (m for m in ledger.mates(tensor) if not ledger.facts[m].even):
+        if _roots(ledger, ledger.facts[mate]) - here:
+            for labels in (core(field) for field in ledger.facts[mate].fields):
+                ledger.object(labels, "mix", "some are written over at places named by numbers")
+
+
+def _roots(ledger: Ledger, fact: Fact) -> set[int]:
+    found = (ledger.forest.roots(core(field)).unique().tolist() for field in fact.fields)
+    return {root for roots in found for root in roots} - {KEPT}
 
 
 def seen(ledger: Ledger, tensors: Sequence[Tensor]) -> None:
@@ -32,6 +71,8 @@ def seen(ledger: Ledger, tensors: Sequence[Tensor]) -> None:
             ledger.note(tensor, ledger.fact(tensor))
         else:
             ledger.near[id(tensor)] = found
+        if ledger.alone and (one := ledger.alone.pop(tensor, None)) is not None:
+            ledger.object(one, "mix", "one of them is picked by its number")
 
 
 def written(ledger: Ledger, tensor: Tensor, before: Fact) -> None:
