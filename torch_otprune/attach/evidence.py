@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from torch_otprune.attach.ahead import ahead
-from torch_otprune.attach.needs import looks_at_channels, reached
+from torch_otprune.attach.needs import reached
 from torch_otprune.plan import owned_blocks, owned_sites
 from torch_otprune.policy import Layers, Policy
 from torch_otprune.statistics import (
@@ -22,28 +22,30 @@ from torch_otprune.statistics import (
 )
 from torch_otprune.statistics.loose import loose, slots
 from torch_otprune.statistics.observation import DRAWS
+from torch_otprune.statistics.reduce import all_objects, ranks, ranks_where
 from torch_otprune.statistics.sites import watch_sites
-from torch_otprune.structure import Graph, trace_head
+from torch_otprune.structure import Graph, batch_size
 from torch_otprune.structure.costs import beside
 from torch_otprune.structure.graph import Block, Group
 
-__all__ = ["chains", "examined", "fineness", "lines", "mixtures", "rows"]
+__all__ = ["chains", "counted", "fineness", "lines", "mixtures", "rows"]
 
 
-def examined(model: nn.Module, policy: Policy, batch: Any, samples: int) -> tuple[Graph, Any]:
-    """Analyse a model on the head of a batch, and count on the rest what depends on the data.
+def counted(model: nn.Module, graph: Graph, probes: Reservoir, example: Any) -> Graph:
+    """Count on what calibration kept where the data decide how much is computed.
 
     Args:
         model: the dense model.
-        policy: the declaration.
-        batch: as the model takes it.
-        samples: how many make the head.
+        graph: this rank's analysis.
+        probes: samples, the same ones whatever the batches and the ranks.
+        example: what the analysis ran on.
 
     Returns:
-        the graph, and what the model ran on.
+        the analysis, with the first rank's costs where there are several.
     """
-    graph, example = trace_head(model, batch, samples, channels=looks_at_channels(policy))
-    return beside(model, graph, batch, example), example
+    if ranks_where(bool(graph.costs["macs"].open)) and (kept := probes.everywhere()):
+        graph = beside(model, graph, max(kept, key=batch_size), example)
+    return replace(graph, costs=all_objects(graph.costs)[0]) if ranks() > 1 else graph
 
 
 def chains(

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_otprune.attach.course import Course
-from torch_otprune.attach.evidence import chains, examined, fineness, lines, mixtures, rows
+from torch_otprune.attach.evidence import chains, counted, fineness, lines, mixtures, rows
 from torch_otprune.attach.hooks import Watch, hooked
-from torch_otprune.attach.needs import needs_of, reached
+from torch_otprune.attach.needs import looks_at_channels, needs_of, reached
 from torch_otprune.decide import decide
 from torch_otprune.errors import CalibrationError
 from torch_otprune.fold import linearized
@@ -38,7 +38,7 @@ from torch_otprune.statistics import (
 from torch_otprune.statistics.experts import watch_experts
 from torch_otprune.statistics.loose import loose, others, watch_products
 from torch_otprune.statistics.reduce import ranks, ranks_where, share
-from torch_otprune.structure import Call, Graph, batch_size, head
+from torch_otprune.structure import Call, Graph, batch_size, head, trace_head
 from torch_otprune.structure.forward import outside_inference, uncollected
 from torch_otprune.structure.routing import around
 from torch_otprune.surgery.rebind import Optimizes
@@ -261,6 +261,7 @@ class Attached:
         graph = self._known()
         with self.unwatched(), outside_inference(), uncollected():
             observation = self.observation()
+            graph = counted(self.model, graph, self._probes, self._example)
             plan = decide(self.model, self.policy, graph, observation, self._example)
             return linearized(self.model, plan, graph, observation.sites, example=self._example)
 
@@ -318,7 +319,8 @@ class Attached:
         )
 
     def _analyse(self, batch: Any) -> None:
-        graph, example = examined(self.model, self.policy, batch, EXAMPLE)
+        asked = looks_at_channels(self.policy)
+        graph, example = trace_head(self.model, batch, EXAMPLE, channels=asked)
         paths = consumers(graph, reached(self.model, self.policy, graph))
         told, limit = "moments" in self._needs, self.policy.calibration.memory
         moments = paths if told else ()

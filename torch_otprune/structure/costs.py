@@ -85,7 +85,7 @@ def beside(model: nn.Module, graph: Graph, batch: Any, example: Any) -> Graph:
     Args:
         model: the dense model; it is left as it was.
         graph: its analysis.
-        batch: what the example is the head of.
+        batch: further samples.
         example: what the analysis ran on.
 
     Returns:
@@ -98,8 +98,8 @@ def beside(model: nn.Module, graph: Graph, batch: Any, example: Any) -> Graph:
     rows = (partial(_rows, start=start, stop=start + each, size=size) for start in pieces)
     runs = [tallied(model, map_tensors(batch, some)).plain for some in rows]
     mean = {key: sum(run[key] for run in runs) / len(runs) for run in runs for key in run}
-    total = sum(mean.values())
-    apart = sum(abs(macs - runs[0][key]) for key, macs in mean.items()) / max(total, 1)
+    total, first = sum(mean.values()), tallied(model, example).plain
+    apart = sum(abs(macs - first[key]) for key, macs in mean.items()) / max(total, 1)
     found = replace(cost, beside=(each * len(runs), int(total / each), apart))
     return replace(graph, costs={**graph.costs, "macs": found})
 
@@ -127,7 +127,8 @@ def unsteady(graph: Graph) -> tuple[str, ...]:
         said = f"{apart / 2:.0%} of them in other layers"
     return (
         f"MACs depend on the data here: {counted:,} per sample on the first samples, which the "
-        f"plan counts; {said} on {samples} of the first batch; a MAC budget holds for the former",
+        f"plan counts; {said} on {samples} that calibration kept; a MAC budget holds for the "
+        "former",
     )
 
 
