@@ -76,6 +76,7 @@ else:  # the second rank has no data at all
         except otp.OTPruneError as error:
             text += error.fix
 torch.save(text, out)
+dist.barrier()  # a rank that leaves first may abort the one that still closes its sockets
 dist.destroy_process_group()
 """
 
