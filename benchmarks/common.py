@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
+import multiprocessing
 import os
 import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +28,7 @@ __all__ = [
     "count_macs",
     "count_params",
     "environment",
+    "in_a_child",
     "macs_by_module",
     "markdown",
     "measured",
@@ -67,6 +71,42 @@ def measured() -> Iterator[Measured]:
         result.seconds = time.perf_counter() - start
         result.peak_mib = _peak()
         result.extra_mib = max(0.0, result.peak_mib - before)
+
+
+def in_a_child(work: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any] | None:
+    """Do one piece of work in a process of its own.
+
+    Args:
+        work: gives one row; its prints and warnings are lost.
+        limit: seconds after which it is stopped.
+
+    Returns:
+        its row with the `seconds` it took; an empty one where the process died, None where it
+        was stopped.
+    """
+    fork = multiprocessing.get_context("fork")  # what is imported need not be imported again
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=_child, args=(work, sender))
+    process.start()
+    sender.close()
+    found: dict[str, Any] | None = None
+    if receiver.poll(limit):
+        try:
+            found = receiver.recv()
+        except EOFError:
+            found = {}
+    process.kill()
+    process.join()
+    return found
+
+
+def _child(work: Callable[[], dict[str, Any]], pipe: Any) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    start = time.perf_counter()
+    with redirect_stdout(io.StringIO()):
+        row = work()
+    pipe.send(row | {"seconds": round(time.perf_counter() - start, 2)})
 
 
 def _status(name: str) -> float | None:

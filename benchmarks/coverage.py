@@ -24,11 +24,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import multiprocessing
 import re
 import sys
-import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +37,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch_otprune as otp
-from benchmarks.common import environment, read_json, write_json
+from benchmarks.common import environment, in_a_child, read_json, write_json
 from tests.zoo import ENTRIES
 from tests.zoo.oracle import Case, case_of, differences
 from torch_otprune.errors import OTPruneError
@@ -220,14 +217,6 @@ TOOLS: dict[str, Callable[[Case], Row]] = {
 }
 
 
-def _child(name: str, tool: str, pipe: Any) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    start = time.perf_counter()
-    row = TOOLS[tool](case_of(ENTRIES[name]))
-    pipe.send(row | {"seconds": round(time.perf_counter() - start, 2)})
-
-
 def measure(name: str, tool: str, limit: float) -> Row:
     """Run one tool on one net in a process of its own.
 
@@ -239,20 +228,10 @@ def measure(name: str, tool: str, limit: float) -> Row:
     Returns:
         its row; `hangs` where it was stopped, `crashes` where the process died.
     """
-    fork = multiprocessing.get_context("fork")  # what is imported need not be imported again
-    receiver, sender = fork.Pipe(duplex=False)
-    process = fork.Process(target=_child, args=(name, tool, sender))
-    process.start()
-    sender.close()
-    found: Row = {"status": "hangs", "said": f"stopped after {limit:g} s"}
-    if receiver.poll(limit):
-        try:
-            found = receiver.recv()
-        except EOFError:
-            found = {"status": "crashes", "said": "the process died"}
-    process.kill()
-    process.join()
-    return found
+    found = in_a_child(lambda: TOOLS[tool](case_of(ENTRIES[name])), limit)
+    if found is None:
+        return {"status": "hangs", "said": f"stopped after {limit:g} s"}
+    return found or {"status": "crashes", "said": "the process died"}
 
 
 def main(words: list[str] | None = None) -> None:

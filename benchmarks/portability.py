@@ -26,14 +26,11 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
-import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -48,7 +45,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch_otprune as otp
-from benchmarks.common import environment, read_json, write_json
+from benchmarks.common import environment, in_a_child, read_json, write_json
 from benchmarks.portability_nets import NETS, Net
 from torch_otprune.errors import OTPruneError
 from torch_otprune.structure import flat_tensors, run
@@ -320,15 +317,6 @@ def outcome(name: str, kind: str, place: str) -> Row:
     return {"status": "fails" if said else "passes", "said": said or without}
 
 
-def _child(name: str, kind: str, place: str, pipe: Any) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    start = time.perf_counter()
-    with redirect_stdout(io.StringIO()):
-        row = outcome(name, kind, place)
-    pipe.send(row | {"seconds": round(time.perf_counter() - start, 2)})
-
-
 def measure(name: str, kind: str, place: str, limit: float) -> Row:
     """Take one cut network to one place, in a process of its own.
 
@@ -341,20 +329,9 @@ def measure(name: str, kind: str, place: str, limit: float) -> Row:
     Returns:
         its row; `fails` where it was stopped or the process died.
     """
-    fork = multiprocessing.get_context("fork")  # what is imported need not be imported again
-    receiver, sender = fork.Pipe(duplex=False)
-    process = fork.Process(target=_child, args=(name, kind, place, sender))
-    process.start()
-    sender.close()
-    found: Row = {"status": "fails", "said": f"stopped after {limit:g} s"}
-    if receiver.poll(limit):
-        try:
-            found = receiver.recv()
-        except EOFError:
-            found = {"status": "fails", "said": "the process died"}
-    process.kill()
-    process.join()
-    return found
+    found = in_a_child(lambda: outcome(name, kind, place), limit)
+    said = f"stopped after {limit:g} s" if found is None else "the process died"
+    return found or {"status": "fails", "said": said}
 
 
 def _warm(kinds: list[str], places: list[str]) -> None:

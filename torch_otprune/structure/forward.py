@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ __all__ = [
     "batch_size",
     "called",
     "evaluating",
+    "failing_line",
     "first_line",
     "first_tensor",
     "flat_tensors",
@@ -36,6 +38,7 @@ __all__ = [
     "unpacked",
 ]
 
+_LIBRARIES = ("torch", "torch_otprune", "jaxtyping", "beartype")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -110,6 +113,21 @@ def _named(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         return dict(batch)
     names = {p.name for p in parameters}
     return {key: value for key, value in batch.items() if key in names}
+
+
+def failing_line(error: BaseException) -> str:
+    """Name the line of the user's code that raised an error.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        `file.py:12`, the innermost outside the libraries; empty where there is none.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    paths = [(frame.filename.replace("\\", "/"), frame.lineno) for frame in frames]
+    theirs = [at for at in paths if not any(f"/{room}/" in at[0] for room in _LIBRARIES)]
+    return f"{theirs[-1][0].rpartition('/')[2]}:{theirs[-1][1]}" if theirs else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import traceback
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from torch_otprune.structure.flow import Following
 from torch_otprune.structure.forward import (
     batch_size,
     evaluating,
+    failing_line,
     first_line,
     flat_tensors,
     head,
@@ -140,10 +139,11 @@ def check_counts(model: nn.Module, batch: Any, samples: int) -> None:
     error = _failure(model, head(batch, samples))
     if error is None or batch_size(batch) <= samples or _failure(model, batch) is not None:
         return
+    where = " at ".join(filter(None, (type(model).__name__, failing_line(error))))
     raise StructureError(
         f"the model runs on {batch_size(batch)} samples, but not on {samples} of them: "
         f"{first_line(error)}.",
-        where=f"{type(model).__name__}{_place(error)}, batch of shape {shapes(batch)}",
+        where=f"{where}, batch of shape {shapes(batch)}",
         fix="write -1 or x.shape[0] where forward gives the size of the batch as a number.",
     ) from error
 
@@ -155,16 +155,6 @@ def _failure(model: nn.Module, batch: Any) -> Exception | None:
     except Exception as error:  # noqa: BLE001  # forward is the user's: it may raise anything
         return error
     return None
-
-
-def _place(error: BaseException) -> str:
-    """Name the line of the user's code that failed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if not any(f"/{r}/" in f.filename for r in _LIBRARIES)]
-    return f" at {Path(theirs[-1].filename).name}:{theirs[-1].lineno}" if theirs else ""
-
-
-_LIBRARIES = ("torch", "torch_otprune", "jaxtyping", "beartype")
 
 
 def _own(batch: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.plan.model import Cut, Drop, Slice
-from torch_otprune.structure.forward import evaluating, first_line, flat_tensors, run
+from torch_otprune.structure.forward import evaluating, failing_line, first_line, flat_tensors, run
 from torch_otprune.structure.layers import bare, is_token_norm
 from torch_otprune.structure.mute import muted
 from torch_otprune.surgery.copied import copied
@@ -31,7 +31,6 @@ _FAILS = (
     TypeError,
     ValueError,
 )
-_LIBRARIES = ("torch", "torch_otprune")
 _CALL = "torch/nn/modules/module.py"  # where torch calls a forward
 
 
@@ -207,7 +206,7 @@ def _compared(
             with evaluating(small), routed(small, cuts, cut=True, drawn=drawn):
                 got = flat_tensors(run(small, example))
         except _FAILS as error:
-            said = f"without it the model does not run: {_clause(small, error)}{_place(error)}"
+            said = f"without it the model does not run: {_clause(small, error)}"
             return float("inf"), said
     if [t.shape for t in expected] != [t.shape for t in got]:
         few, many = len(got), len(expected)
@@ -254,28 +253,19 @@ def stumbled(model: nn.Module, error: BaseException) -> str:
     """
     frames = traceback.extract_tb(error.__traceback__)
     called = any(f.filename.replace("\\", "/").endswith(_CALL) for f in frames)
-    place = _place(error) if called and isinstance(error, _FAILS) else ""
-    return f"{_clause(model, error)}{place}" if place else ""
+    theirs = called and isinstance(error, _FAILS) and failing_line(error)
+    return _clause(model, error) if theirs else ""
 
 
 def _clause(model: nn.Module, error: BaseException) -> str:
     """Word an error; what a stand-in lacks is what the model reads of the module before it."""
+    said, place = first_line(error), failing_line(error)
     gone = error.obj if isinstance(error, AttributeError) else None
-    if not (isinstance(gone, STAND_INS) and isinstance(error, AttributeError)):
-        return first_line(error)
-    path = next((path for path, module in model.named_modules() if module is gone), "")
-    whose = f"'{path}'" if path else "a module"
-    return f"it reads '.{error.name}' of {whose}, which is taken out"
-
-
-def _place(error: BaseException) -> str:
-    """Name the line of the user's code that failed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if not any(f"/{room}/" in f.filename for room in _LIBRARIES)]
-    if not theirs:
-        return ""
-    name = theirs[-1].filename.replace("\\", "/").rpartition("/")[2]
-    return f" (at {name}:{theirs[-1].lineno})"
+    if isinstance(gone, STAND_INS) and isinstance(error, AttributeError):
+        path = next((path for path, module in model.named_modules() if module is gone), "")
+        whose = f"'{path}'" if path else "a module"
+        said = f"it reads '.{error.name}' of {whose}, which is taken out"
+    return f"{said} (at {place})" if place else said
 
 
 def gap(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
