@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,12 @@ def test_the_published_table_is_generated_from_the_json() -> None:
     payload = json.loads((RESULTS / "portability.json").read_text())
     assert (RESULTS / "portability.md").read_text() == plot_portability.page(payload)
     assert all(row["commit"] for row in payload["rows"])
+
+
+def test_the_published_table_is_full_and_no_cell_fails() -> None:
+    rows = json.loads((RESULTS / "portability.json").read_text())["rows"]
+    found = sorted((row["net"], row["kind"], row["place"]) for row in rows)
+    assert found == sorted(product(NETS, portability.KINDS, portability.PLACES))
+    assert len(NETS) == 12
+    assert {row["status"] for row in rows} <= {"passes", "cannot"}
+    assert all(row["said"] for row in rows if row["status"] == "cannot")
