@@ -330,6 +330,34 @@ def test_what_is_no_size_is_an_error(model: nn.Module, tmp_path: Path, size: Any
     assert not (tmp_path / "m").exists()
 
 
+class Large(nn.Module):
+    """1.1 GB of weights, most of them in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.out = nn.Linear(11_700, 11_700), nn.Linear(11_700, 11_700)
+        self.narrow = nn.Linear(11_700, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.narrow(self.out(self.wide(x).relu()).relu())
+        return hidden
+
+
+@pytest.mark.slow
+def test_what_is_larger_than_a_gigabyte_is_split_without_being_asked(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Large().eval(), torch.randn(1, 11_700)
+    rule = otp.Channels(targets="out", keep=11_600, criterion="magnitude", repair="none")
+    with otp.attach(model, otp.Policy(rules=[rule])) as attached:
+        plan = otp.observe(attached, [x]).plan()
+    otp.apply_(model, plan, [x])
+    root = save(model, tmp_path / "large")
+    sizes = [path.stat().st_size for path in root.glob("model-0*.safetensors")]
+    assert len(sizes) == 2
+    assert max(sizes) <= 1.001e9 < sum(sizes)
+    assert torch.equal(load(root, factory=Large).eval()(x), model(x))
+
+
 def test_fewer_files_replace_more(model: nn.Module, shards: Path) -> None:
     save(model, shards)
     assert sorted(p.name for p in shards.iterdir()) == ["model.safetensors", "plan.json"]
