@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import math
 import multiprocessing
 import os
 import platform
 import resource
+import signal
 import subprocess
 import time
 import warnings
@@ -78,35 +80,39 @@ def in_a_child(work: Callable[[], dict[str, Any]], limit: float) -> dict[str, An
 
     Args:
         work: gives one row; its prints and warnings are lost.
-        limit: seconds after which it is stopped.
+        limit: seconds of processor time after which it is stopped, so that other work on the
+            machine does not count; one that waits is stopped after ten times as long.
 
     Returns:
-        its row with the `seconds` it took; an empty one where the process died, None where it
-        was stopped.
+        its row with the `seconds` of processor time that it took; an empty one where the process
+        died, None where it was stopped.
     """
     fork = multiprocessing.get_context("fork")  # what is imported need not be imported again
     receiver, sender = fork.Pipe(duplex=False)
-    process = fork.Process(target=_child, args=(work, sender))
+    process = fork.Process(target=_child, args=(work, sender, limit))
     process.start()
     sender.close()
     found: dict[str, Any] | None = None
-    if receiver.poll(limit):
+    if receiver.poll(10 * limit):
         try:
             found = receiver.recv()
         except EOFError:
-            found = {}
+            process.join()
+            found = None if process.exitcode == -signal.SIGXCPU else {}
     process.kill()
     process.join()
     return found
 
 
-def _child(work: Callable[[], dict[str, Any]], pipe: Any) -> None:
+def _child(work: Callable[[], dict[str, Any]], pipe: Any, limit: float) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    start = time.perf_counter()
+    seconds = math.ceil(time.process_time() + limit)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+    start = time.process_time()
     with redirect_stdout(io.StringIO()):
         row = work()
-    pipe.send(row | {"seconds": round(time.perf_counter() - start, 2)})
+    pipe.send(row | {"seconds": round(time.process_time() - start, 2)})
 
 
 def _status(name: str) -> float | None:

@@ -223,14 +223,14 @@ def measure(name: str, tool: str, limit: float) -> Row:
     Args:
         name: of the net.
         tool: one of `TOOLS`.
-        limit: seconds after which it is stopped.
+        limit: seconds of processor time after which it is stopped.
 
     Returns:
         its row; `hangs` where it was stopped, `crashes` where the process died.
     """
     found = in_a_child(lambda: TOOLS[tool](case_of(ENTRIES[name])), limit)
     if found is None:
-        return {"status": "hangs", "said": f"stopped after {limit:g} s"}
+        return {"status": "hangs", "said": f"stopped after {limit:g} s of processor time"}
     return found or {"status": "crashes", "said": "the process died"}
 
 
@@ -239,7 +239,9 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="regular expression on names")
     parser.add_argument("--tools", default=",".join(TOOLS).replace(", ", "; "), help="which")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds a net may take")
+    parser.add_argument(
+        "--limit", type=float, default=120.0, help="seconds of processor time a net may take"
+    )
     parser.add_argument("--every", type=int, default=1, help="take one net in so many")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(words)

@@ -324,13 +324,13 @@ def measure(name: str, kind: str, place: str, limit: float) -> Row:
         name: of the architecture.
         kind: one of `KINDS`.
         place: one of `PLACES`.
-        limit: seconds after which it is stopped.
+        limit: seconds of processor time after which it is stopped.
 
     Returns:
         its row; `fails` where it was stopped or the process died.
     """
     found = in_a_child(lambda: outcome(name, kind, place), limit)
-    said = f"stopped after {limit:g} s" if found is None else "the process died"
+    said = f"stopped after {limit:g} s of processor time" if found is None else "the process died"
     return found or {"status": "fails", "said": said}
 
 
@@ -347,7 +347,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--nets", default="", help="regular expression on names")
     parser.add_argument("--kinds", default=";".join(KINDS), help="which, with semicolons")
     parser.add_argument("--places", default=";".join(PLACES), help="which, with semicolons")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds a cell may take")
+    parser.add_argument(
+        "--limit", type=float, default=120.0, help="seconds of processor time a cell may take"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(words)
     rows = read_json(args.out)["rows"] if args.out.exists() else []
