@@ -27,6 +27,7 @@ __all__ = [
     "calibration",
     "draw",
     "finetune_",
+    "judged",
     "load_net",
     "load_split",
     "validation",
@@ -246,7 +247,6 @@ def batches(inputs: Tensor, size: int = 128) -> Sequence[Tensor]:
     return list(inputs.split(size))
 
 
-@torch.inference_mode()
 def accuracy(model: nn.Module, split: Split, *, size: int = 256) -> float:
     """Measure top-1 accuracy.
 
@@ -258,12 +258,29 @@ def accuracy(model: nn.Module, split: Split, *, size: int = 256) -> float:
     Returns:
         percent.
     """
+    return judged(model, split, size=size)[0]
+
+
+@torch.inference_mode()
+def judged(model: nn.Module, split: Split, *, size: int = 256) -> tuple[float, float]:
+    """Measure top-1 accuracy and cross-entropy.
+
+    Args:
+        model: any classifier; evaluated in evaluation mode and left in it.
+        split: labelled images.
+        size: images per batch.
+
+    Returns:
+        percent, and nats per image.
+    """
     model.eval()
-    right = 0
+    right, loss = 0, 0.0
     for start in range(0, len(split), size):
         part = split.pick(torch.arange(start, min(start + size, len(split))))
-        right += int((model(part.inputs()).argmax(dim=1) == part.labels).sum())
-    return 100.0 * right / len(split)
+        logits = model(part.inputs())
+        right += int((logits.argmax(dim=1) == part.labels).sum())
+        loss += float(F.cross_entropy(logits.double(), part.labels, reduction="sum"))
+    return 100.0 * right / len(split), loss / len(split)
 
 
 def finetune_(model: nn.Module, train: Split, *, epochs: float, seed: int) -> None:

@@ -28,6 +28,9 @@ PICTURED = (
     "scaling",
     "depth_criteria",
     "width_or_depth",
+    "generator",
+    "methods_cifar10",
+    "mpc",
 )
 OURS = {
     "default": "transport/all/budget/least_squares",

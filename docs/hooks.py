@@ -81,8 +81,9 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def fields(name: str) -> str:
-    """Tabulate the fields of a policy model."""
-    model = getattr(importlib.import_module("torch_otprune"), name)
+    """Tabulate the fields of a policy model, or of one in a room, such as `criteria.DTP`."""
+    home, _, own = f"torch_otprune.{name}".rpartition(".")
+    model = getattr(importlib.import_module(home), own)
     rows = []
     for key, field in model.model_fields.items():
         default = (

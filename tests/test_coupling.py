@@ -419,10 +419,9 @@ def test_a_group_that_was_written_since_the_cut_is_left_alone() -> None:
 
 
 def test_experts_have_no_mean() -> None:
-    model = net()
-    rule = otp.Experts(keep=3, criterion="random", repair="coupling")
-    report = otp.prune_(model, otp.Policy(rules=[rule]), tokens(), timing=0)
-    assert {n.note for n in report.repairs} == {"experts are whole networks, and have no mean"}
+    with pytest.raises(PolicyError, match="experts are whole networks, which have none") as error:
+        otp.Experts(keep=3, criterion="random", repair="coupling")
+    assert error.value.fix == "leave repair out, or choose reconstruct."
 
 
 def test_channels_beside_experts_that_went_are_fused_or_left_with_a_reason() -> None:

@@ -18,7 +18,17 @@ from torch_otprune.criteria import Criterion
 from torch_otprune.criteria.transport import ground_cost
 from torch_otprune.errors import CalibrationError
 from torch_otprune.policy.registry import CRITERIA
-from torch_otprune.statistics import Consumer, Evidence, Recorder, consumers, gather, sense
+from torch_otprune.statistics import (
+    Consumer,
+    Evidence,
+    Recorder,
+    consumers,
+    gather,
+    hear,
+    sense,
+    tangents,
+)
+from torch_otprune.statistics.tangents import Tangent
 from torch_otprune.structure import evaluating, run, trace
 
 KINDS = sorted(CRITERIA)
@@ -37,8 +47,12 @@ def observed(name: str) -> tuple[Evidence, ...]:
         run(model, batch)
     recorder.remove()
     felt = sense(model, dict.fromkeys(paths), [batch], draws=4, seed=0)
+    more: dict[str, Any] = {
+        "signals": hear(model, paths, [batch]),
+        "tangents": tangents(model, [batch], draws=1, seed=0),
+    }
     found = [
-        gather(model, graph, g, moments=recorder.moments, sensitivity=felt, seed=0)
+        gather(model, graph, g, moments=recorder.moments, sensitivity=felt, seed=0, **more)
         for g in graph.groups
     ]
     return tuple(e for e in found if any(c.second is not None for c in e.consumers))
@@ -65,6 +79,7 @@ def permuted(e: Evidence, order: Tensor) -> Evidence:
         producers=e.producers[order],
         scales=None if e.scales is None else e.scales[order],
         taylor=None if e.taylor is None else e.taylor[order],
+        tangent=e.tangent and Tangent(e.tangent.raw[order], e.tangent.free[order]),
         filters=tuple(
             replace(f, weight=f.weight[order], offset=f.offset[order]) for f in e.filters
         ),
@@ -192,7 +207,10 @@ def test_greedy_and_swaps_never_do_worse_than_greedy(evidence: Evidence) -> None
 def test_a_criterion_without_its_data_says_so(kind: str) -> None:
     bare = observed("plain")[0]
     bare = replace(
-        bare, taylor=None, consumers=tuple(replace(c, second=None) for c in bare.consumers)
+        bare,
+        taylor=None,
+        tangent=None,
+        consumers=tuple(replace(c, second=None, signals=None) for c in bare.consumers),
     )
     with pytest.raises(CalibrationError) as error:
         criterion(kind).rank(bare)

@@ -23,7 +23,7 @@ from torch_otprune.structure.routing import Route, Routing, Visits
 from torch_otprune.surgery import compared, copied, cut_, disagreement
 
 WIDTH, EXACT = 8, 1e-12
-RANKING = sorted(set(CRITERIA) - {"taylor", "bn_scale"})
+RANKING = sorted(set(CRITERIA) - {"taylor", "bn_scale", "cpot", "dtp"})
 
 
 class Expert(nn.Module):
@@ -407,7 +407,7 @@ def test_a_router_that_chooses_all_is_refused() -> None:
         planned(net(partial(Sparse, top_k=5)), otp.Experts(keep=0.5))
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "bn_scale"])
+@pytest.mark.parametrize("criterion", ["taylor", "bn_scale", "cpot"])
 def test_criteria_of_channels_are_refused(criterion: str) -> None:
     with pytest.raises(PolicyError, match="ranks channels, not experts") as error:
         otp.Experts(criterion=criterion)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 import torch_otprune.criteria  # noqa: F401  (fills the table that policies name)
@@ -26,6 +28,7 @@ from torch_otprune.report import (
     RepairNote,
     Report,
     environment,
+    images_of,
 )
 from torch_otprune.report.pictures import draw
 from torch_otprune.report.words import count, error, short_names
@@ -380,3 +383,87 @@ def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path)]
     environment = {"PYTHONPATH": f"{root}:{root.parent}", "PATH": ""}
     subprocess.run(command, env=environment, check=True, timeout=120)
+
+
+# Outputs that are images
+
+
+def pictured(*shape: int, batches: int = 1, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(shape, generator=generator) for _ in range(batches)]
+
+
+def test_pixels_are_shares_of_the_dense_outputs_range() -> None:
+    dense = torch.zeros(2, 1, 8, 8)
+    dense[0, 0, 0, 0], dense[1, 0, 7, 7] = -1.0, 3.0
+    found = images_of({"dense": [dense], "cut": [dense * 10], "repaired": [dense / 2]})
+    assert found is not None and found.shape == (2, 8, 8, 1)
+    assert found.pixels("dense")[0, 0, 0, 0] == 0 and found.pixels("dense")[1, 7, 7, 0] == 255
+    assert found.pixels("dense")[0, 1, 1, 0] == 64  # nothing lies at a quarter of the range
+    assert found.pixels("cut")[1, 7, 7, 0] == 255  # beyond the range is its end
+    assert found.pixels("repaired")[1, 7, 7, 0] == 159
+
+
+def test_colours_stand_last_and_large_images_are_averaged_down() -> None:
+    image = torch.zeros(12, 3, 64, 128)
+    image[:, 2, :, :64] = 1.0
+    found = images_of({"dense": [image], "cut": [image]})
+    assert found is not None and found.shape == (8, 32, 64, 3)
+    assert found.pixels("cut")[0, 5, 31].tolist() == [0, 0, 255]
+    assert found.pixels("cut")[0, 5, 32].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 10), (4, 2, 16, 16), (4, 1, 7, 16), (0, 1, 16, 16), (4, 1, 16, 16, 16)]
+)
+def test_what_does_not_look_like_an_image_is_not_shown(shape: tuple[int, ...]) -> None:
+    found = torch.zeros(shape)
+    assert images_of({"dense": [found], "cut": [found]}) is None
+    assert images_of({"dense": [(found, found)], "cut": [(found, found)]}) is None
+    assert images_of({"dense": [], "cut": []}) is None
+
+
+def test_an_image_of_one_shade_or_of_no_numbers_is_no_division_by_zero() -> None:
+    grey = torch.full((2, 1, 8, 8), 5.0)
+    found = images_of({"dense": [grey], "cut": [grey * torch.nan]})
+    assert found is not None
+    assert not found.pixels("dense").any() and not found.pixels("cut").any()
+    assert images_of({"dense": [grey * torch.nan], "cut": [grey]}) is None
+
+
+class Opened(HTMLParser):
+    """Collects the images inside a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: dict[str, bytes] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        told = dict(attrs)
+        if tag == "img":
+            data = (told["src"] or "").removeprefix("data:image/png;base64,")
+            self.images[told["alt"] or ""] = base64.b64decode(data)
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+def test_the_page_shows_outputs_before_and_after(tmp_path: Path, colours: int) -> None:
+    pillow = pytest.importorskip("PIL.Image", reason="pillow comes with matplotlib")
+    [dense] = pictured(4, colours, 16, 16)
+    images = images_of({"dense": [dense], "cut": [dense * 0], "repaired": [dense]})
+    report = a_report().model_copy(update={"images": images})
+    assert Report.from_json(report.to_json()) == report
+    reader = Opened()
+    reader.feed(report.write(tmp_path).read_text())
+    assert list(reader.images)[:2] == ["totals", "outputs"]
+    assert (tmp_path / "outputs.png").read_bytes() == reader.images["outputs"]
+    picture = pillow.open(tmp_path / "outputs.png").convert("L")
+    width, height = picture.size
+    rows = [[picture.getpixel((x, y)) for x in range(width // 2)] for y in range(height)]
+    black = [sum(shade == 0 for shade in row) > width // 4 for row in rows]
+    # between two rows of random shades the cut model's row is black from edge to edge
+    runs = [len(list(same)) for dark, same in itertools.groupby(black) if dark]
+    assert max(runs) > height / 8 and sorted(runs)[-2] < 10
+
+
+def test_a_report_without_images_has_no_such_picture() -> None:
+    assert a_report().images is None and "outputs" not in draw(a_report())

@@ -12,6 +12,7 @@ from torch_otprune.integrations.transformers_hook import install as _install
 if TYPE_CHECKING:
     from torch_otprune.align import Alignment, align
     from torch_otprune.attach import Attached, attach, observe
+    from torch_otprune.certify import Certificate, certify
     from torch_otprune.doctor import Diagnosis, doctor
     from torch_otprune.errors import OTPruneError
     from torch_otprune.integrations.export import export
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
         Linearize,
         Policy,
         Schedule,
+        Weights,
         prunable,
     )
-    from torch_otprune.report import Report
+    from torch_otprune.report import Report, Trainability, trainability
     from torch_otprune.store import load, save, undo_
 
 __version__ = "0.1.0"
@@ -40,6 +42,7 @@ __all__ = [
     "Attached",
     "Budget",
     "Calibration",
+    "Certificate",
     "Channels",
     "Diagnosis",
     "Experts",
@@ -52,9 +55,12 @@ __all__ = [
     "Policy",
     "Report",
     "Schedule",
+    "Trainability",
+    "Weights",
     "align",
     "apply_",
     "attach",
+    "certify",
     "doctor",
     "export",
     "load",
@@ -62,6 +68,7 @@ __all__ = [
     "prunable",
     "prune_",
     "save",
+    "trainability",
     "undo_",
 ]
 
@@ -70,6 +77,7 @@ __all__ = [
 _HOMES = (
     "align",
     "attach",
+    "certify",
     "doctor",
     "errors",
     "integrations.export",

@@ -23,13 +23,20 @@ from torch_otprune.surgery import (
     disagreement,
     exchange_,
     gap,
+    parts,
+    thinned,
+    told,
     tolerance,
     unlike_config,
     unsaid,
 )
 from torch_otprune.surgery.carried import Hosted
+from torch_otprune.surgery.idle import unreached
+from torch_otprune.surgery.trial import Part
 
 __all__ = ["decide"]
+
+_GIB = 2**30
 
 
 def decide(
@@ -37,9 +44,11 @@ def decide(
 ) -> Plan:
     """Plan, and check on the real model that every cut computes what masking would.
 
-    A group that fails is refused with the measured difference, and the plan is made anew
-    without it. Costs one copy of the model and, where nothing fails, two forward passes; nothing
-    where the policy says `verify="off"`, and the plan then notes that.
+    A group that fails is refused with the measured difference and the first op that differs, and
+    the plan is made anew without it. Where nothing fails this costs two forward passes, and beside
+    the model the memory that `Plan.trial` quotes: what is cut is held shortened and masked, all
+    else is shared. Where that is more than `Calibration.memory`, groups are tried in as many parts
+    as it takes, two passes each. `verify="off"` costs nothing, and the plan then notes that.
 
     Args:
         model: the dense model; left as it was.
@@ -58,12 +67,15 @@ def decide(
     banned: dict[str, str] = {}
     while True:
         plan = make_plan(model, policy, graph, observation, banned=banned)
-        if _passes(model, plan, example):
+        tried = _parts(model, plan)
+        if all(_passes(model, part, example) for part in tried):
             plan, small = _compacted(model, plan, example)
             unsayable = _unsayable(model, small, graph, plan)
             if not unsayable:
-                notes = (*plan.notes, *baked(model, plan.cuts), *_unchecked(plan))
-                return plan.model_copy(update={"notes": notes})
+                more = (*baked(model, plan.cuts), *unreached(model, graph, example))
+                notes = (*plan.notes, *more, *_unchecked(plan))
+                done = plan.model_copy(update={"notes": notes, "trial": told(tried)})
+                return thinned(model, done, graph)
             banned |= unsayable
             continue
         _check_steady(model, example)
@@ -77,9 +89,15 @@ def decide(
         banned |= failed
 
 
-def _passes(model: nn.Module, plan: Plan, example: Any) -> bool:
-    off = plan.policy.verify == "off"
-    return off or disagreement(model, plan.cuts, example, drops=plan.drops) <= tolerance(model)
+def _parts(model: nn.Module, plan: Plan) -> tuple[Part, ...]:
+    if plan.policy.verify == "off":
+        return ()
+    limit = plan.policy.calibration.memory * _GIB
+    return parts(model, plan.cuts, plan.drops, limit=limit)
+
+
+def _passes(model: nn.Module, part: Part, example: Any) -> bool:
+    return disagreement(model, part.cuts, example, drops=part.drops) <= tolerance(model)
 
 
 def _unchecked(plan: Plan) -> tuple[str, ...]:
@@ -111,7 +129,7 @@ def _compacted(model: nn.Module, plan: Plan, example: Any) -> tuple[Plan, nn.Mod
     """Find out, on a copy, which removed blocks can leave their lists without a trace."""
     small = model
     if plan.drops or plan.policy.serving == "uniform":
-        small = copied(model)
+        small = copied(model, shared=True)
         cut_(small, plan.cuts)
         exchange_(small, plan.drops)
     if plan.drops:
@@ -139,7 +157,7 @@ def _unsayable(model: nn.Module, small: nn.Module, graph: Graph, plan: Plan) -> 
     found: dict[str, str] = {}
     for first in {kind[cut.group]: None for cut in plan.cuts}:
         alike = [cut for cut in plan.cuts if kind[cut.group] == first]
-        alone = copied(model)
+        alone = copied(model, shared=True)
         cut_(alone, alike)
         if said := unsaid(alone, alike):
             reason = f"the configuration cannot say that {len(alike[0].keep)} of them are left"

@@ -18,6 +18,7 @@ from torch_otprune.attach import (
     looks_at_channels,
     observe,
 )
+from torch_otprune.certify import Keeper, keeper
 from torch_otprune.errors import OTPruneError, VerificationError
 from torch_otprune.fold import changes, linearize_, lines_of, refold_, refolded
 from torch_otprune.plan import Plan
@@ -26,12 +27,15 @@ from torch_otprune.repair import Note, Patient, Repair
 from torch_otprune.repair.lockstep import distance
 from torch_otprune.repair.replace import Fitted, left_to_repair
 from torch_otprune.repair.replace.base import hand_norms_
+from torch_otprune.repair.sparsify import mask_, samples, sparsify_
+from torch_otprune.repair.zeros import bound
 from torch_otprune.report import Report
 from torch_otprune.statistics import collect, rebatched
 from torch_otprune.statistics.reduce import share
 from torch_otprune.statistics.sites import watch_sites
 from torch_otprune.store import Rebinding, WayBack
 from torch_otprune.structure import Graph, head, trace_head
+from torch_otprune.structure.mute import muted
 from torch_otprune.structure.trace import check_counts
 from torch_otprune.surgery import (
     Lineage,
@@ -81,6 +85,7 @@ def prune_(
     with attach(model, policy) as attached:
         with attached.unwatched():  # where data is a function, its runs are listened to
             batches = collect(model, data, share(attached.policy.calibration.samples))
+            keeper(model, attached.policy.preserve, batches[0])  # before an hour of statistics
         with _counted(model, batches, attached.unwatched):
             observe(attached, batches)
             progress("plan", 0, 1)
@@ -148,27 +153,31 @@ def _carry_out_(
 ) -> tuple[Report, WayBack]:
     snapshot, dense, lineage = Snapshot(model), copied(model), Lineage(model)
     with watch("analyse"):
+        held = keeper(dense, plan.policy.preserve, batches[0])
         graph, some = _traced(dense, batches[0], plan.policy)
     check_slices(graph, plan)
     try:
-        notes, raw, added = _operate(lineage, dense, graph, plan, batches, watch=watch)
-        with watch("verify"):
-            layers = measure_layers((dense, raw, model), graph, plan, batches)
-            lineage.pair()
-            take_out_(model, plan.compacted)  # last: paths change
-            inscribe_(model, plan, dense)
-            report = verify(
-                (dense, raw, model),
-                graph,
-                plan,
-                batches,
-                example=some,
-                layers=layers,
-                added=added,
-                notes=notes,
-                seconds=watch.seconds,
-                timing=timing,
+        with muted(dense, [d.swaps[0] for d in plan.drops if d.silent]):
+            notes, raw, added, zeros = _operate(
+                lineage, dense, graph, plan, batches, watch=watch, held=held
             )
+            with watch("verify"):
+                layers = measure_layers((dense, raw, model), graph, plan, batches)
+                lineage.pair()
+                take_out_(model, plan.compacted)  # last: paths change
+                inscribe_(model, plan, dense)
+                report = verify(
+                    (dense, raw, model),
+                    graph,
+                    plan,
+                    batches,
+                    example=some,
+                    layers=layers,
+                    added=added,
+                    notes=notes,
+                    seconds=watch.seconds,
+                    timing=timing,
+                ).model_copy(update=zeros)
         lineage.settle_()
     except BaseException as error:  # whatever happened, the model must be as it was
         said = stumbled(model, error)
@@ -209,8 +218,9 @@ def _operate(
     batches: Sequence[Any],
     *,
     watch: Stopwatch,
-) -> tuple[list[Note], nn.Module, dict[str, int]]:
-    """Cut, fold and repair; return notes, a copy from before the repairs, what folds cost."""
+    held: Keeper | None,
+) -> tuple[list[Note], nn.Module, dict[str, int], dict[str, Any]]:
+    """Cut, fold, repair, thin; return notes, a copy from before repairs, what folds cost, zeros."""
     model = lineage.model
     with watch("cut"):
         lineage.follow(cut_(model, plan.cuts))
@@ -219,10 +229,38 @@ def _operate(
     if plan.lines or plan.foldings:
         with watch("fold"):
             added = _fold_(model, dense, graph, plan, batches)
+    if held is not None:
+        held.check(model, "the cut")
     raw = copied(model)
     with watch("repair"):
-        notes = repair_(model, dense, graph, plan, batches, progress=watch.progress)
-    return notes, raw, added
+        notes = repair_(model, dense, graph, plan, batches, progress=watch.progress, held=held)
+    if held is not None:
+        held.check(model, "the repairs")
+    zeros = _thin_((dense, raw, model), graph, plan, batches, watch=watch)
+    if held is not None and zeros:
+        held.check(model, "the zeros")
+    return notes, raw, added, zeros
+
+
+def _thin_(
+    models: tuple[nn.Module, nn.Module, nn.Module],
+    graph: Graph,
+    plan: Plan,
+    batches: Sequence[Any],
+    *,
+    watch: Stopwatch,
+) -> dict[str, Any]:
+    """Set single weights to zero, last; return what the report says of them."""
+    if not plan.thinned:
+        return {}
+    dense, raw, model = models
+    with watch("weights"):
+        kept = copied(model) if plan.cuts else dense
+        seed, told = plan.policy.seed, watch.progress
+        patient = Patient(kept, model, graph, (), (), batches, seed=seed, progress=told)
+        zeros = sparsify_(patient, plan)
+        mask_(raw, model, plan.thinned)
+        return {"zeros": zeros, "bound": bound((kept, model), graph, zeros, samples(batches))}
 
 
 def _fold_(
@@ -247,6 +285,7 @@ def repair_(
     batches: Sequence[Any],
     *,
     progress: Progress = quiet,
+    held: Keeper | None = None,
 ) -> list[Note]:
     """Run every rule's repairs, in the order in which the rules name them.
 
@@ -257,15 +296,11 @@ def repair_(
         plan: what was cut.
         batches: calibration batches.
         progress: told the stage, the steps done and the steps in all.
+        held: what the model must stay.
 
     Returns:
         what every repair did.
     """
-    asked: dict[tuple[int, Repair], list[int]] = {}
-    for index, rule in enumerate(plan.policy.rules):
-        for place, repair in enumerate(rule.repair):
-            assert isinstance(repair, Repair)
-            asked.setdefault((place, repair), []).append(index)
     left, aims = refolded(graph, plan)
     whole = Patient(
         dense,
@@ -280,9 +315,10 @@ def repair_(
         rewritten=aims,
         seed=plan.policy.seed,
         progress=progress,
+        keeper=held,
     )
     notes, since = _replace_(whole, plan)
-    for (_, repair), rules in sorted(asked.items(), key=lambda item: item[0][0]):
+    for repair, rules in _asked(plan.policy):
         cuts = [cut for cut in plan.cuts if cut.rule in rules]
         drops = [drop for drop in plan.drops if drop.rule in rules]
         lines = [line for line in plan.lines if line.rule in rules]
@@ -291,6 +327,17 @@ def repair_(
             notes += _guarded(repair, own, since)
             since = None
     return notes
+
+
+def _asked(policy: Policy) -> list[tuple[Repair, list[int]]]:
+    """List the repairs in the order in which rules name them, with the rules that ask for each."""
+    asked: dict[tuple[int, Repair], list[int]] = {}
+    for index, rule in enumerate(policy.rules):
+        for place, repair in enumerate(rule.repair):
+            assert isinstance(repair, Repair)
+            asked.setdefault((place, repair), []).append(index)
+    found = sorted(asked.items(), key=lambda item: item[0][0])
+    return [(repair, rules) for (_, repair), rules in found]
 
 
 _Since = tuple[float, Snapshot]
@@ -319,6 +366,10 @@ def _replace_(patient: Patient, plan: Plan) -> tuple[list[Note], _Since | None]:
     return notes, since
 
 
+def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
 def _now(patient: Patient) -> _Since:
     far = distance(patient.dense, patient.small, patient.batches[:_GUARD])
     return far, Snapshot(patient.small)
@@ -327,7 +378,16 @@ def _now(patient: Patient) -> _Since:
 def _guarded(repair: Repair | Fitted, patient: Patient, since: _Since | None = None) -> list[Note]:
     """Run a repair, and take it back whole if the output ends further from the dense one."""
     before, snapshot = since or _now(patient)
+    values: dict[str, torch.Tensor] = {}
+    if patient.keeper is not None:
+        values = _copied(patient.small)
+        patient = replace(patient, signs=patient.keeper.signs(patient.small))
     notes = list(repair.apply_(patient))
+    if patient.keeper is not None and (text := patient.keeper.settle_(patient.small, values)):
+        if text.startswith("lost"):
+            snapshot.restore_()
+            return [Note(repair.kind, "model", before, before, accepted=False, text=text)]
+        notes.append(Note(repair.kind, "model", None, None, accepted=True, text=text))
     after = distance(patient.dense, patient.small, patient.batches[:_GUARD])
     if after <= before:
         return notes

@@ -24,6 +24,7 @@ from torch_otprune.report import (
     count_macs,
     count_params,
     environment,
+    images_of,
     latency,
     layer_errors,
     output_error,
@@ -111,6 +112,7 @@ def verify(
         agreement=agreement(expected, mended),
         output_error=off,
         repairs=tuple(_noted(note) for note in notes),
+        images=images_of({"dense": expected, "cut": cut, "repaired": mended}),
         seconds=dict(seconds),
         environment=environment(),
     )

@@ -5,17 +5,20 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_otprune.attach.masked import Masked
 from torch_otprune.attach.pressures import pressures
 from torch_otprune.attach.rounds import Rounds
 from torch_otprune.errors import CalibrationError, LoadError, PolicyError
+from torch_otprune.plan.gated import learning
 from torch_otprune.policy import Policy
 from torch_otprune.report import Report
+from torch_otprune.statistics import Observation
 from torch_otprune.structure import Call, Graph
 from torch_otprune.surgery import copied
 from torch_otprune.surgery.rebind import Optimizes
@@ -40,20 +43,25 @@ class Course:
         self.model, self.policy = model, policy
         self.rounds = None if policy.schedule is None else Rounds(model, policy, data)
         self.pressures: tuple[Pressure, ...] = ()
+        self.masked: Masked | None = None
         self.distilled: Distill | None = None
         self._stepped = self._removed = False
         self._taught = False  # somebody asks for the teacher
         self._pruned = False
         self._before: tuple[bool, Distill | None] = False, None  # the last round
 
-    def press(self, graph: Graph | None) -> None:
-        """Put the rules' penalties to work on a model that was just analysed.
+    def press(self, graph: Graph | None, example: Any) -> None:
+        """Put the rules' masks and penalties to work on a model that was just analysed.
 
-        Those of an earlier round go on where they were; behind the last round there are none.
+        Penalties of an earlier round go on where they were; behind the last round there are none.
 
         Args:
             graph: the analysis; None where the policy needs none.
+            example: what it ran on.
         """
+        if graph is not None and learning(self.policy):
+            self.masked = self.masked or Masked(self.model, self.policy, graph, example)
+            self.masked.gates.hook()
         if graph is None or self.over:
             self.pressures = ()
             return
@@ -68,7 +76,7 @@ class Course:
     @property
     def trains(self) -> bool:
         """Tell whether passes that train are no calibration."""
-        return bool(self.pressures) or self.rounds is not None
+        return bool(self.pressures) or self.rounds is not None or self.masked is not None
 
     @property
     def over(self) -> bool:
@@ -84,6 +92,8 @@ class Course:
         """Take every hook off."""
         for pressure in self.pressures:
             pressure.remove()
+        if self.masked is not None:
+            self.masked.gates.remove()
 
     def remove(self, *, failed: bool = False) -> None:
         """Take every hook off for good, and say so where rounds are left.
@@ -99,7 +109,14 @@ class Course:
             self.distilled.remove()
 
     def _warn(self) -> None:
-        """Tell who stopped training between two rounds that the model is not done."""
+        """Tell who stopped training too early that the model is not done."""
+        if self.masked is not None and self.masked.open:
+            search = self.masked.search
+            warnings.warn(
+                f"the search of dtp stops at step {search.taken} of {search.setting.steps}: its "
+                "masks are soft, and nothing is decided; train on, or call harden() before.",
+                stacklevel=4,
+            )
         rounds = self.rounds
         if rounds is None or rounds.over or not self._stepped:  # then it was only looked at
             return
@@ -146,6 +163,8 @@ class Course:
         self._stepped = True
         for pressure in self.pressures:
             pressure.step()
+        if self.masked is not None:
+            self.masked.step()
         return 0 if self.rounds is None else self.rounds.advance()
 
     def _check_step(self) -> None:
@@ -157,13 +176,39 @@ class Course:
                 where=where,
                 fix="call step before remove, inside the `with` block; or attach again.",
             )
-        if self.rounds is None and not self.pressures:
+        if learning(self.policy) and self.masked is None:
+            raise PolicyError(
+                "criterion 'dtp' trains masks from the first step on, and no example was given.",
+                where=where,
+                fix="pass example= to attach, one batch as the model takes it.",
+            )
+        if self.rounds is None and not self.trains:
             raise PolicyError(
                 "this policy has no schedule and no penalty: step would never prune.",
                 where=where,
                 fix="write Policy(..., schedule=otp.Schedule(at=[500])), or leave step out and "
                 "call attached.plan() and otp.apply_.",
             )
+
+    def harden(self) -> None:
+        """End the search of masks now."""
+        if self.masked is None:
+            raise PolicyError(
+                "no rule trains masks.",
+                where=f"Attached.harden, {type(self.model).__name__}",
+                fix="give a rule criterion='dtp', and pass example= to attach.",
+            )
+        self.masked.harden()
+
+    def told(self, observation: Observation) -> Observation:
+        """Add what training decided to what calibration found."""
+        return observation if self.masked is None else self.masked.told(observation)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Run the model without masks."""
+        with nullcontext() if self.masked is None else self.masked.off():
+            yield
 
     def round_(self, number: int, optimizers: Sequence[Optimizes], ema: Any) -> Report | None:
         """Carry out a round, and let optimisers and averages follow; if that fails, it stays due.
@@ -234,6 +279,7 @@ class Course:
             "policy": self.policy.to_json(),
             "rounds": self.rounds and self.rounds.state_dict(),
             "pressures": [pressure.state_dict() for pressure in self.pressures],
+            "masks": self.masked and self.masked.state_dict(),
             "teacher": teacher,
         }
 
@@ -274,6 +320,8 @@ class Course:
         return teacher
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Let the penalties go on where they were, once they are at work again."""
+        """Let penalties and masks go on where they were, once they are at work again."""
+        if self.masked is not None and state.get("masks") is not None:
+            self.masked.load_state_dict(state["masks"])
         for pressure, known in zip(self.pressures, state["pressures"], strict=True):
             pressure.load_state_dict(known)

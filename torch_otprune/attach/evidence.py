@@ -9,26 +9,31 @@ from typing import Any
 from torch import nn
 
 from torch_otprune.attach.ahead import ahead
-from torch_otprune.attach.needs import reached
+from torch_otprune.attach.needs import needs_of, reached, wide_of
 from torch_otprune.plan import owned_blocks, owned_sites
 from torch_otprune.policy import Layers, Policy
 from torch_otprune.statistics import (
     ChainEvidence,
+    Observation,
     Reservoir,
     SiteEvidence,
+    hear,
     listen,
     signals_quote,
     streams_quote,
+    tangents,
+    tangents_quote,
 )
 from torch_otprune.statistics.loose import loose, slots
 from torch_otprune.statistics.observation import DRAWS
 from torch_otprune.statistics.reduce import all_objects, ranks, ranks_where
+from torch_otprune.statistics.signals import WIDE_ROWS
 from torch_otprune.statistics.sites import watch_sites
 from torch_otprune.structure import Graph, batch_size
 from torch_otprune.structure.costs import beside
 from torch_otprune.structure.graph import Block, Group
 
-__all__ = ["chains", "counted", "fineness", "lines", "mixtures", "rows"]
+__all__ = ["chains", "counted", "fineness", "lines", "mixtures", "rows", "told"]
 
 
 def counted(model: nn.Module, graph: Graph, probes: Reservoir, example: Any) -> Graph:
@@ -67,6 +72,8 @@ def chains(
     for index, blocks in _asked(model, policy, graph).items():
         rule = policy.rules[index]
         assert isinstance(rule, Layers)
+        if getattr(rule.criterion, "learns", False) and ranks_where(not probes.everywhere()):
+            continue  # training has decided
         heard = listen(
             model, graph, blocks, probes=numbered, draws=DRAWS, seed=policy.seed, sites=sites
         )
@@ -102,7 +109,7 @@ def _asked(model: nn.Module, policy: Policy, graph: Graph) -> dict[int, list[Blo
 
 
 def rows(
-    model: nn.Module, policy: Policy, graph: Graph, samples: int, *, heard: Sequence[str]
+    model: nn.Module, policy: Policy, graph: Graph, samples: int, *, paths: Sequence[str]
 ) -> dict[str, dict[str, int]]:
     """Tell how much memory the rows that are kept as they are will take, before the first batch.
 
@@ -111,15 +118,55 @@ def rows(
         policy: the declaration.
         graph: the model's analysis.
         samples: probes over all ranks, at most.
-        heard: consumers whose signals are wanted.
+        paths: consumers, whose signals may be wanted.
 
     Returns:
-        `streams`, by the first block of each run, and `signals`, by layer: bytes on each rank.
+        `streams`, by the first block of each run, `signals`, by layer, and `tangents`, of the
+        model: bytes on each rank.
     """
-    found: dict[str, int] = {}
+    found, needs = dict[str, int](), needs_of(policy)
+    wide = wide_of(model, policy, paths) if needs & {"moments", "signals"} else ()
+    heard = [p for p in paths if p not in wide] if "signals" in needs else ()
     for blocks in _asked(model, policy, graph).values():
         found |= streams_quote(model, graph, blocks, samples=samples)
-    return {"streams": found, "signals": signals_quote(model, heard, samples=samples)}
+    tangents = {"": tangents_quote(model)} if "tangents" in needs else {}
+    signals = signals_quote(model, heard, samples=samples)
+    signals |= signals_quote(model, wide, samples=samples, rows=WIDE_ROWS)
+    return {"streams": found, "signals": signals, "tangents": tangents}
+
+
+def told(
+    found: Observation,
+    model: nn.Module,
+    policy: Policy,
+    probes: Reservoir,
+    *,
+    paths: Sequence[str],
+) -> Observation:
+    """Run the probes once more for criteria that look at whole laws or at gradients.
+
+    Args:
+        found: what is known without.
+        model: the dense model.
+        policy: the declaration.
+        probes: samples to run.
+        paths: the consumers.
+
+    Returns:
+        the observation with what the policy asks for.
+    """
+    needs = needs_of(policy)
+    wide = wide_of(model, policy, paths) if needs & {"moments", "signals"} else ()
+    narrow = [p for p in paths if p not in wide] if "signals" in needs else []
+    if wide or narrow:
+        kept = probes.everywhere()
+        heard = hear(model, narrow, kept, seed=policy.seed) if narrow else {}
+        more = hear(model, wide, kept, rows=WIDE_ROWS, seed=policy.seed) if wide else {}
+        found = replace(found, signals=heard | more)
+    if "tangents" in needs:
+        felt = tangents(model, probes.batches(), draws=DRAWS, seed=policy.seed)
+        found = replace(found, tangents=felt)
+    return found
 
 
 def lines(

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from torch_otprune.attach.handle import LIVE, Attached
+from torch_otprune.attach.masked import check_learning
 from torch_otprune.attach.needs import by_shapes
 from torch_otprune.errors import PolicyError, StructureError
-from torch_otprune.plan import check_lines
+from torch_otprune.plan import check_lines, check_weights
 from torch_otprune.policy import Layers, Linearize, Policy, Rule, match, module_classes, policy_of
 from torch_otprune.statistics import collect
 from torch_otprune.statistics.reduce import share
@@ -57,6 +58,8 @@ def attach(
     for index, rule in enumerate(found.rules):
         match(rule.targets, rule.ignore, classes, where=f"Policy.rules[{index}]")
     check_lines(found)
+    check_weights(found)
+    check_learning(found)
     _check_example(found, example)
     return Attached(model, found, example, data=data)
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
 from torch_otprune.attach.course import Course
-from torch_otprune.attach.evidence import chains, counted, fineness, lines, mixtures, rows
+from torch_otprune.attach.evidence import chains, counted, fineness, lines, mixtures, rows, told
 from torch_otprune.attach.hooks import Watch, hooked
-from torch_otprune.attach.needs import looks_at_channels, needs_of, reached
+from torch_otprune.attach.needs import PROBED, looks_at_channels, needs_of, reached, wide_of
 from torch_otprune.decide import decide
 from torch_otprune.errors import CalibrationError
 from torch_otprune.fold import linearized
@@ -32,7 +31,6 @@ from torch_otprune.statistics import (
     conclude,
     consumers,
     finite,
-    hear,
     quote,
 )
 from torch_otprune.statistics.experts import watch_experts
@@ -81,7 +79,7 @@ class Attached:
         self._paths: tuple[str, ...] = ()
         if self._given is not None and not self._course.over:
             self._analyse(self._given)
-        self._course.press(self.graph)
+        self._course.press(self.graph, self._example)
         self._watch = Watch(self)
         self._hooks = hooked(model, self._watch, calibrates=self._open)
         LIVE.add(self)
@@ -126,7 +124,7 @@ class Attached:
         """Quote the memory of the statistics; known once the model was analysed, before data."""
         if self.graph is None:
             return 0
-        moments = quote(self.model, self._paths) if "moments" in self._needs else 0
+        moments = quote(self.model, self._recorder.paths)
         moments += sum(map(Moments.bytes, self._recorder.others.values()))
         kept = self._rows(self.graph, self._paths).values()
         return moments + sum(size for sizes in kept for size in sizes.values())
@@ -225,6 +223,10 @@ class Attached:
             if live:
                 self._begin()
 
+    def harden(self) -> None:
+        """End the search of a criterion that learns masks now, so that `plan` can be asked."""
+        self._course.harden()
+
     def state_dict(self) -> dict[str, Any]:
         """Write everything that training needs to go on, beside model and optimiser.
 
@@ -259,8 +261,8 @@ class Attached:
             CalibrationError: if the model was not run.
         """
         graph = self._known()
-        with self.unwatched(), outside_inference(), uncollected():
-            observation = self.observation()
+        with self.unwatched(), self._course.plain(), outside_inference(), uncollected():
+            observation = self._course.told(self.observation())
             graph = counted(self.model, graph, self._probes, self._example)
             plan = decide(self.model, self.policy, graph, observation, self._example)
             return linearized(self.model, plan, graph, observation.sites, example=self._example)
@@ -275,7 +277,7 @@ class Attached:
             CalibrationError: if the model was not run.
         """
         model, policy, graph = self.model, self.policy, self._known()
-        blind = "moments" in self._needs and bool(self._paths) and not self._recorder.moments
+        blind = bool(self._recorder.paths) and not self._recorder.moments
         if len(ranks_where(blind)) == ranks():
             raise self._not_run("run calibration batches through the model before plan().")
         with self.unwatched():  # the probes of the sensitivity are no new data
@@ -293,14 +295,10 @@ class Attached:
                 seed=policy.seed,
                 loose=loose(model, graph, reached(model, policy, graph)),
             )
-            if "signals" not in self._needs:
-                return found
-            heard = hear(model, self._paths, self._probes.everywhere(), seed=policy.seed)
-            return replace(found, signals=heard)
+            return told(found, model, policy, self._probes, paths=self._paths)
 
     def _rows(self, graph: Graph, paths: tuple[str, ...]) -> dict[str, dict[str, int]]:
-        asked = paths if "signals" in self._needs else ()
-        return rows(self.model, self.policy, graph, self._probes.size, heard=asked)
+        return rows(self.model, self.policy, graph, self._probes.size, paths=paths)
 
     def _known(self) -> Graph:
         missing = ranks_where(self.graph is None)  # all ranks fail, or those that wait hang
@@ -322,13 +320,15 @@ class Attached:
         asked = looks_at_channels(self.policy)
         graph, example = trace_head(self.model, batch, EXAMPLE, channels=asked)
         paths = consumers(graph, reached(self.model, self.policy, graph))
-        told, limit = "moments" in self._needs, self.policy.calibration.memory
-        moments = paths if told else ()
-        counts = fineness(self.model, self.policy, graph, example) if told else {}
+        moments, limit = "moments" in self._needs, self.policy.calibration.memory
+        wide = wide_of(self.model, self.policy, paths) if moments else ()
+        seen = tuple(path for path in paths if path not in wide) if moments else ()
+        counts = fineness(self.model, self.policy, graph, example) if moments else {}
         more = others(self.model, counts)
-        check_memory(self.model, moments, limit, **self._rows(graph, paths), others=more)
-        if told:
-            self._recorder = self._recording(paths)
+        check_memory(self.model, seen, limit, **self._rows(graph, paths), others=more)
+        self._needs |= {"rows"} if wide else set()
+        if moments:
+            self._recorder = self._recording(seen)
             watch_products(self.model, counts, self._recorder)
             watch_experts(self.model, mixtures(self.model, self.policy, graph), self._recorder)
         # last: after a refusal nothing is known
@@ -379,7 +379,7 @@ class Attached:
             return
         self._batch = batch
         self.samples += wanted
-        if self._needs & {"sensitivity", "chains", "lines", "signals"}:
+        if self._needs & PROBED:
             self._probes.add(head(batch, wanted))
 
     def leave(self, output: Any) -> None:

@@ -17,7 +17,7 @@ from torch_otprune.statistics.evidence import Evidence
 
 __all__ = ["Criterion", "Need", "Ranking", "ScoreCriterion", "checked", "register"]
 
-Need = Literal["moments", "sensitivity", "signals"]
+Need = Literal["moments", "sensitivity", "signals", "tangents"]
 register = CRITERIA.register
 
 
@@ -29,17 +29,23 @@ class Ranking:
         order: units, the first to keep first; the best set of size k is `order[:k]`.
         curve: `curve[k]` is the predicted cost of keeping `order[:k]`; zero when all stay.
         note: what a reader of the plan should know about how it came about; empty as a rule.
+        unit: `kernel` where the curve holds shares of the network's tangent kernel, which groups
+            have in common already; empty where the plan prices the order itself.
+        size: how many units stay, where that is settled; None leaves it to the plan.
     """
 
     order: Int[Tensor, " units"]
     curve: Float[Tensor, " sizes"]
     note: str = ""
+    unit: Literal["", "kernel"] = ""
+    size: int | None = None
 
 
 class Criterion(Setting, ABC):
     """Rank the units of a group. A subclass is one file: settings, limits, source, algorithm."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    learns: ClassVar[bool] = False  # whether masks are trained while the policy is attached
 
     @abstractmethod
     def rank(self, evidence: Evidence) -> Ranking:
@@ -63,6 +69,18 @@ class Criterion(Setting, ABC):
             a set of the same size; the nested one unless a criterion knows better.
         """
         return keep
+
+    def certify(self, evidence: Evidence, keep: Int[Tensor, " kept"]) -> str:
+        """Say what is guaranteed of a set of units, for the reason in the plan.
+
+        Args:
+            evidence: what is known about the group.
+            keep: the units that stay.
+
+        Returns:
+            one sentence without a full stop; empty unless a criterion guarantees anything.
+        """
+        return ""
 
 
 class ScoreCriterion(Criterion, ABC):

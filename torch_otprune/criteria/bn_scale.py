@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_otprune.criteria.base import ScoreCriterion, register
+from torch_otprune.criteria.base import Ranking, ScoreCriterion, register
 from torch_otprune.statistics.evidence import Evidence
 
 __all__ = ["BNScale"]
@@ -24,6 +25,13 @@ class BNScale(ScoreCriterion):
     """
 
     kind: Literal["bn_scale"] = "bn_scale"
+
+    def rank(self, evidence: Evidence) -> Ranking:
+        """Sort by score, and say where there is no scale to go by."""
+        found = super().rank(evidence)
+        bare = evidence.scales is None
+        note = "no batch-norm carries these units; ranked by weight norm" if bare else ""
+        return replace(found, note=note)
 
     def score(self, evidence: Evidence) -> Float[Tensor, " units"]:
         """Average the absolute scales over the norms that carry the unit."""

@@ -26,6 +26,12 @@ def observed(evidence: Evidence, criterion: str) -> tuple[Consumer, ...]:
         CalibrationError: if no consumer's input was observed.
     """
     found = tuple(c for c in evidence.consumers if c.second is not None)
+    if not found and any(c.signals is not None for c in evidence.consumers):
+        raise CalibrationError(
+            f"{evidence.units:,} units are too many: no products of all pairs were gathered.",
+            where=f"group '{evidence.name}', criterion {criterion}",
+            fix="use criterion 'transport', 'sliced_kernel' or 'magnitude' for it.",
+        )
     if not found:
         raise CalibrationError(
             "no activations were gathered.",

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from torch_otprune.criteria.base import Criterion, Need, Ranking, register, settle
 from torch_otprune.criteria.moments import joint, observed
+from torch_otprune.criteria.wide import rank_wide, wide_consumers
 from torch_otprune.statistics.evidence import Evidence
+from torch_otprune.statistics.moments import WIDE
 from torch_otprune.transport import facility_location, improve
 
 __all__ = ["Transport", "ground_cost"]
@@ -27,6 +29,9 @@ class Transport(Criterion):
     k atoms and the null atom, which is facility location: lazy greedy gives nested sets, within
     1 - 1/e of the best reduction, and swaps improve the set of the chosen size.
 
+    Above `wide` units the moves are priced from some rows of what consumers read, and onto
+    `candidates` units each, those that look most alike: a table of all pairs would not fit.
+
     Limits: each unit moves onto one other; what several units can do together is left to the
     repair. See `obs` for a criterion that counts it.
 
@@ -36,16 +41,24 @@ class Transport(Criterion):
     kind: Literal["transport"] = "transport"
     needs: ClassVar[frozenset[Need]] = frozenset({"moments"})
     swaps: int = Field(default=8, ge=0, description="most rounds of swaps at the chosen size")
+    wide: int = Field(
+        default=WIDE, ge=1, description="units above which only moves onto candidates are priced"
+    )
+    candidates: int = Field(
+        default=16, ge=1, description="units that each may move onto in a group so wide"
+    )
 
     def rank(self, evidence: Evidence) -> Ranking:
         """Solve the facility location for every size at once."""
+        if wide_consumers(evidence):
+            return rank_wide(evidence, self.candidates)
         cost, null = ground_cost(evidence)
         found = facility_location(cost, null)
         return Ranking(found.order, found.curve)
 
     def refine(self, evidence: Evidence, keep: Int[Tensor, " kept"]) -> Int[Tensor, " kept"]:
         """Swap kept against removed units while the transport cost falls."""
-        if not self.swaps:
+        if not self.swaps or wide_consumers(evidence):
             return keep
         cost, null = ground_cost(evidence)
         return improve(cost, null, keep, rounds=self.swaps)[0]

@@ -9,6 +9,7 @@ from torch import nn
 
 from torch_otprune.attach import Attached, attach
 from torch_otprune.errors import OTPruneError, StructureError
+from torch_otprune.plan.gated import learning
 from torch_otprune.policy import Policy
 from torch_otprune.report import Report
 from torch_otprune.surgery.rebind import Optimizes
@@ -24,7 +25,8 @@ class Loop:
         part: path of the module to prune, from the model that the library trains; the model
             itself if empty. It must be called as a module by the training step.
         data: what the rounds decide and repair on; None takes what the module trained on last.
-        example: one batch to analyse the module on; needed where a rule has a penalty.
+        example: one batch to analyse the module on; needed where a rule has a penalty or
+            criterion `dtp`, whose masks the callback trains: `ended.plan()` is what they come to.
         ema: averaged copies of the module that follow every round.
 
     Attributes:
@@ -73,7 +75,7 @@ class Loop:
                 fix="write a path as in named_modules(), or leave part out.",
             ) from error
         attached = attach(module, self.policy, example=self.example, data=self.data)
-        if attached.policy.schedule is None:
+        if attached.policy.schedule is None and not learning(attached.policy):
             attached.remove()
             raise OTPruneError(
                 "this policy has no schedule: the callback would never prune.",

@@ -59,7 +59,13 @@ class _Pruning(Loop):
         """Count on from where a checkpoint was written."""
         attached = self.attached
         assert attached is not None
-        assert attached.policy.schedule is not None
+        if attached.policy.schedule is None:
+            self.end()
+            raise LoadError(
+                "a checkpoint of the Trainer holds no masks, and criterion 'dtp' needs them.",
+                where="PruningCallback, resume_from_checkpoint",
+                fix="train from the start; or in a loop of your own, with attached.state_dict().",
+            )
         first = attached.policy.schedule.steps[0]
         if step >= first:
             self.end()

@@ -16,13 +16,13 @@ from torch_otprune.plan.model import Cost, Cut, Drop, Plan
 from torch_otprune.plan.propose import PROPOSERS, Candidate, Case, Offer
 from torch_otprune.plan.reach import floors
 from torch_otprune.plan.ties import kinds, sayable
-from torch_otprune.policy import Layers, Linearize, Policy, Units
+from torch_otprune.policy import Layers, Linearize, Policy, Units, Weights
 from torch_otprune.statistics.observation import Observation
 from torch_otprune.structure.costs import uncounted, unsteady
 from torch_otprune.structure.fingerprint import fingerprint
 from torch_otprune.structure.graph import CostModel, Dim, Graph, Term
 
-__all__ = ["make_plan"]
+__all__ = ["costs_of", "limits_of", "make_plan"]
 
 _FEW = 32  # samples below which a plan says how few they were
 
@@ -62,16 +62,16 @@ def make_plan(
     case = Case(model, policy, graph, observation, weighting, banned or {})
     offer = _offers(case)
     candidates = offer.candidates
-    costs, dense = _costs(graph, offer)
+    costs, dense = costs_of(graph, offer)
     choices = [Choice(c.name, c.curve, c.widths) for c in candidates]
     choices += _whole(graph, {c.name for c in candidates})
     alike = kinds(model, graph.groups) if policy.serving == "uniform" else {}
     if alike:
         choices = sayable(model, graph.groups, choices)
-    limits = _limits(policy, costs, dense)
+    limits = limits_of(policy, costs, dense)
     found = allocate(choices, costs=costs, limits=limits, kind=alike)
     made = [c.decide(found.keep[c.name]) for c in candidates if found.keep[c.name] < c.units]
-    if not made and not any(isinstance(rule, Linearize) for rule in policy.rules):
+    if not made and not any(isinstance(rule, (Linearize, Weights)) for rule in policy.rules):
         _nothing(policy, candidates)
     drops = tuple(d for d in made if isinstance(d, Drop))
     plan = Plan(
@@ -104,8 +104,16 @@ def _nothing(policy: Policy, candidates: Sequence[Candidate]) -> NoReturn:
     )
 
 
-def _costs(graph: Graph, offer: Offer) -> tuple[dict[str, CostModel], dict[str, int]]:
-    """Add the blocks on offer to the costs, and a measure that counts them."""
+def costs_of(graph: Graph, offer: Offer) -> tuple[dict[str, CostModel], dict[str, int]]:
+    """Add the blocks on offer to the costs, and a measure that counts them.
+
+    Args:
+        graph: the model's analysis.
+        offer: what rules bring.
+
+    Returns:
+        one cost per measure, and the dense widths of all groups and blocks.
+    """
     instead, widths = offer.stand_ins, graph.widths(offer.blocks)
     costs = {
         name: cost.gated(offer.blocks, {b: c.get(name, 0) for b, c in instead.items()}, widths)
@@ -139,7 +147,10 @@ def _stuck(policy: Policy, candidates: Sequence[Candidate]) -> list[str]:
     return [
         f"group '{c.name}' stays whole: {_asked(policy, c) or _fits(c)}"
         for c in candidates
-        if c.widths == (c.units,) and c.units > 1 and not _wants_all(policy, c.rule)
+        if c.widths == (c.units,)
+        and c.units > 1
+        and not c.settled
+        and not _wants_all(policy, c.rule)
     ]
 
 
@@ -197,9 +208,19 @@ def _offers(case: Case) -> Offer:
     return found
 
 
-def _limits(
+def limits_of(
     policy: Policy, costs: Mapping[str, CostModel], dense: Mapping[str, int]
 ) -> dict[str, int]:
+    """Count what the budget leaves of each measure.
+
+    Args:
+        policy: the declaration.
+        costs: by measure.
+        dense: widths of all groups and blocks.
+
+    Returns:
+        the most by measure; empty without a budget.
+    """
     named = policy.budget.limits if policy.budget else {}
     return {name: amount.of(costs[name].at(dense)) for name, amount in named.items()}
 

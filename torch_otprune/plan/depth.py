@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import ceil
 from typing import NoReturn
 
@@ -17,10 +18,11 @@ from torch_otprune.plan.propose import Candidate, Case, Offer, felt, proposes
 from torch_otprune.plan.replacement import Replacement
 from torch_otprune.policy import Layers, Policy, match, module_classes, owner
 from torch_otprune.policy.targets import Classes
+from torch_otprune.statistics.evidence import Learnt
 from torch_otprune.statistics.stream import runs
 from torch_otprune.structure.graph import Block, Graph
 
-__all__ = ["owned_blocks", "propose_layers", "reached", "stand_ins"]
+__all__ = ["offered", "owned_blocks", "propose_layers", "reached", "stand_ins", "standing"]
 
 _BANNED = "`ignore` it, or let the model use and return nothing of it but its stream."
 
@@ -42,14 +44,14 @@ def propose_layers(case: Case, rules: Mapping[int, Layers]) -> Offer:
         StructureError: if a rule reaches no block that can go.
         TargetError: if a target matches nothing.
     """
-    owned, refused = _offered(case, rules)
+    owned, refused = offered(case, rules)
     candidates: list[Candidate] = []
     for index, rule in rules.items():
         if not owned[index]:
             _refuse(index, rule, refused)
         candidates += _candidates(case, index, rule, owned[index])
     blocks = tuple(block for found in owned.values() for block in found)
-    stand_ins = {b.name: _standing(rules[i]).costs(b) for i in rules for b in owned[i]}
+    stand_ins = {b.name: standing(rules[i]).costs(b) for i in rules for b in owned[i]}
     return Offer(tuple(candidates), tuple(refused), blocks, stand_ins)
 
 
@@ -67,12 +69,13 @@ def stand_ins(plan: Plan, graph: Graph) -> dict[str, dict[str, int]]:
     for drop in plan.drops:
         rule = plan.policy.rules[drop.rule]
         assert isinstance(rule, Layers)
-        for measure, cost in _standing(rule).costs(graph.block(drop.block)).items():
+        for measure, cost in standing(rule).costs(graph.block(drop.block)).items():
             found[measure][drop.block] = cost
     return found
 
 
-def _standing(rule: Layers) -> Replacement:
+def standing(rule: Layers) -> Replacement:
+    """Tell what stands in for what a rule removes."""
     assert isinstance(rule.replace, Replacement)
     return rule.replace
 
@@ -132,10 +135,18 @@ def reached(
     return [b for b in blocks if b.name in meant]
 
 
-def _offered(
+def offered(
     case: Case, rules: Mapping[int, Layers]
 ) -> tuple[dict[int, list[Block]], list[Refusal]]:
-    """Leave out what cannot go after all, with the reason."""
+    """Assign blocks to rules, and leave out what cannot go after all, with the reason.
+
+    Args:
+        case: the model and what is known.
+        rules: the policy's layer rules by index.
+
+    Returns:
+        blocks of each rule, and refusals.
+    """
     owned = owned_blocks(case.model, case.policy, case.graph)
     classes, ignore = module_classes(case.model), case.policy.ignore
     refused = [  # whole layers first: what is inside of them comes next
@@ -175,10 +186,13 @@ def _refuse(index: int, rule: Layers, refused: Sequence[Refusal]) -> NoReturn:
 def _candidates(case: Case, index: int, rule: Layers, blocks: Sequence[Block]) -> list[Candidate]:
     assert isinstance(rule.criterion, LayerCriterion)
     _check_unit(case, index, rule.criterion)
-    criterion = rule.criterion.following(_standing(rule).kind)
+    criterion = rule.criterion.following(standing(rule).kind)
     count = rule.dropped(len(blocks))
     if count is not None:
         _check_count(case, index, rule, going=count, reached=len(blocks))
+    learnt = case.observation.learnt
+    if blocks and all(block.name in learnt for block in blocks):
+        return [_settled_by(index, rule, block, learnt[block.name]) for block in blocks]
     if count == 0:  # nothing was watched for a rule that keeps all
         return [_candidate(index, rule, block, 0.0, (1,)) for block in blocks]
     chains = [case.observation.chain([b.name for b in run]) for run in runs(blocks)]
@@ -188,6 +202,20 @@ def _candidates(case: Case, index: int, rule: Layers, blocks: Sequence[Block]) -
         _candidate(index, rule, block, prices[block.name], widths.get(block.name, (0, 1)))
         for block in blocks
     ]
+
+
+def _settled_by(index: int, rule: Layers, block: Block, learnt: Learnt) -> Candidate:
+    """Offer what training decided."""
+    stays = bool(learnt.keep[0])
+    found = _candidate(index, rule, block, 0.0, (int(stays),))
+
+    def decide(size: int) -> Drop:
+        drop = found.decide(size)
+        assert isinstance(drop, Drop)
+        said = f"{drop.criterion}: training has ended without it"
+        return drop.model_copy(update={"reason": said, "silent": True})
+
+    return replace(found, decide=decide, note=learnt.note, settled=True)
 
 
 def _look(case: Case, blocks: Sequence[Block]) -> Look | None:
@@ -225,6 +253,8 @@ def _check_count(case: Case, index: int, rule: Layers, *, going: int, reached: i
 
 def _check_unit(case: Case, index: int, criterion: LayerCriterion) -> None:
     """Refuse to trade what has no common unit."""
+    if case.observation.learnt:
+        return  # nothing is traded any more
     limits = case.policy.budget.limits if case.policy.budget else {}
     shared = {"params", "macs"} & set(limits)
     others = [r for r in case.policy.rules if not isinstance(r, Layers) and not r.asks]
@@ -241,7 +271,7 @@ def _check_unit(case: Case, index: int, criterion: LayerCriterion) -> None:
 def _candidate(
     index: int, rule: Layers, block: Block, price: float, widths: tuple[int, ...]
 ) -> Candidate:
-    criterion, standing = rule.criterion, _standing(rule)
+    criterion, instead = rule.criterion, standing(rule)
     assert isinstance(criterion, LayerCriterion)
     curve = torch.tensor([price, 0.0], dtype=torch.float64, device="cpu")
 
@@ -252,10 +282,10 @@ def _candidate(
             block=block.name,
             rule=index,
             criterion=criterion.kind,
-            replace=standing.kind,
+            replace=instead.kind,
             error=lost,
             reason=f"{criterion.kind}: {said}",
-            swaps=standing.swaps(block),
+            swaps=instead.swaps(block),
         )
 
     return Candidate(block.name, index, 1, curve, widths, decide)

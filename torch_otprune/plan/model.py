@@ -12,7 +12,18 @@ from torch_otprune.errors import PlanError
 from torch_otprune.policy import Policy
 from torch_otprune.structure.graph import Swap
 
-__all__ = ["Cost", "Cut", "Drop", "Folding", "Line", "Plan", "Refusal", "Slice"]
+__all__ = [
+    "Cost",
+    "Cut",
+    "Drop",
+    "Folding",
+    "Line",
+    "Plan",
+    "Refusal",
+    "Slice",
+    "Thinning",
+    "Trial",
+]
 
 
 class _Frozen(BaseModel):
@@ -55,6 +66,9 @@ class Drop(_Frozen):
     reason: str = Field(description="one sentence")
     error: float = Field(ge=0, description="predicted change, in the unit that `reason` names")
     swaps: tuple[Swap, ...] = Field(min_length=1, description="the same, module by module")
+    silent: bool = Field(
+        default=False, description="whether training ended without it, so that nothing is missed"
+    )
 
 
 class Refusal(_Frozen):
@@ -112,6 +126,42 @@ class Folding(_Frozen):
     macs: Cost
 
 
+class Trial(_Frozen):
+    """How the cuts were tried on the real model before the plan was handed out."""
+
+    parts: int = Field(gt=0, description="groups of one part were tried together")
+    bytes: int = Field(
+        ge=0, description="memory of the largest part beside the model, activations aside"
+    )
+
+    def __str__(self) -> str:
+        """Quote the memory."""
+        size = f"{self.bytes / _MIB:,.1f} MiB" if self.bytes >= _MIB else f"{self.bytes:,} bytes"
+        if self.parts == 1:
+            return f"tried on the model: {size} beside it"
+        return (
+            f"tried on the model in {self.parts} parts, as Calibration.memory asks: {size} beside "
+            "it; groups of different parts were not tried together"
+        )
+
+
+_MIB = 2**20
+
+
+class Thinning(_Frozen):
+    """One layer in which single weights become zero; which ones is decided on the data."""
+
+    layer: str = Field(description="path of the layer")
+    rule: int = Field(ge=0, description="index of the rule in the policy that decided it")
+    criterion: str = Field(description="what chooses the weights")
+    pattern: str = Field(description="`unstructured`, or n:m along the input axis")
+    weights: int = Field(gt=0, description="weights of the layer, behind all cuts")
+    keep: int | None = Field(
+        ge=0, description="weights that stay at most; null where the criterion has a radius"
+    )
+    reason: str = Field(description="one sentence")
+
+
 class Plan(_Frozen):
     """All decisions for one model; JSON in and out loses nothing.
 
@@ -128,6 +178,9 @@ class Plan(_Frozen):
     cuts: tuple[Cut, ...]
     drops: tuple[Drop, ...] = ()
     lines: tuple[Line, ...] = ()
+    thinned: tuple[Thinning, ...] = Field(
+        default=(), description="layers in which single weights become zero"
+    )
     foldings: tuple[Folding, ...] = ()
     refused: tuple[Refusal, ...] = ()
     params: Cost
@@ -137,6 +190,9 @@ class Plan(_Frozen):
         default=(), description="list entries that are taken out, so that the later ones move up"
     )
     notes: tuple[str, ...] = Field(default=(), description="what the allocation wants you to know")
+    trial: Trial | None = Field(
+        default=None, description="how the plan was tried on the model; null with verify='off'"
+    )
     versions: dict[str, str] = Field(default_factory=dict)
 
     @property
@@ -205,6 +261,8 @@ def _table(plan: Plan) -> str:
     for name, cost in costs if plan.layers.before else costs[:2]:
         lines.append(f"{name}: {cost.before:,} -> {cost.after:,} ({cost.ratio:.1%} kept)")
     lines += [_folded(folding) for folding in plan.foldings]
+    lines += [f"weights {t.layer}: {t.reason}" for t in plan.thinned]
+    lines += [str(plan.trial)] if plan.trial else []
     lines += [f"refused {r.group}: {r.reason}" for r in plan.refused]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from torch_otprune.criteria.base import Ranking, settle
+from torch_otprune.criteria.wide import wide_consumers
+from torch_otprune.errors import CalibrationError
+from torch_otprune.policy import Layers, Policy, Units
 from torch_otprune.statistics.evidence import Consumer, Evidence
 from torch_otprune.statistics.moments import ridge_factor
 
-__all__ = ["dropped", "repaired", "weighted"]
+__all__ = ["apart", "dropped", "foreseen", "refittable", "repaired", "weighted"]
 
 _RIDGE = 1e-3
+_MENDERS = 4  # refits behind a layer, beyond which more of them correct no more
 
 
 def repaired(ranking: Ranking, evidence: Evidence) -> Ranking:
@@ -39,6 +46,34 @@ def repaired(ranking: Ranking, evidence: Evidence) -> Ranking:
     return Ranking(ranking.order, torch.cat([left, left.new_zeros(1)]))
 
 
+def foreseen(evidence: Evidence, order: Sequence[str]) -> Evidence:
+    """Let an error weigh less where layers behind it are refitted later, and make up for it.
+
+    A price takes every layer alone, and a refit from front to back does not leave it alone: what
+    the layers behind see of an error, they correct. So it is divided by their number, up to four.
+
+    Args:
+        evidence: the group.
+        order: all linear layers in order of execution.
+
+    Returns:
+        the same, felt less.
+
+    Limits: a rule of thumb, measured on residual networks; layers that no repair refits count as
+    well.
+
+    Source: ours; `benchmarks/methods_prices.py` holds prices against what happens.
+    """
+    behind = {path: len(order) - 1 - place for place, path in enumerate(order)}
+    return replace(
+        evidence,
+        consumers=tuple(
+            replace(c, feel=c.feel / min(max(behind.get(c.path, 1), 1), _MENDERS))
+            for c in evidence.consumers
+        ),
+    )
+
+
 def dropped(ranking: Ranking, evidence: Evidence) -> Ranking:
     """Price the nested sets of a ranking by what dropping the rest changes, unrepaired.
 
@@ -50,10 +85,49 @@ def dropped(ranking: Ranking, evidence: Evidence) -> Ranking:
         the same order with `E|sum of the dropped W_i h_i|^2` as its curve.
     """
     parts = [_interplay(ranking.order, c) for c in evidence.consumers if c.second is not None]
+    wide = wide_consumers(evidence)
+    if wide:
+        tails = torch.stack([_by_rows(ranking.order, c) for c in wide]).sum(0)
+        return Ranking(ranking.order, tails)
     if not parts:
         return ranking
     tails = torch.stack(parts).sum(0).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
     return Ranking(ranking.order, torch.cat([tails, tails.new_zeros(1)]).clamp_min(0))
+
+
+def refittable(evidence: Evidence) -> None:
+    """Refuse to plan a refit that would not fit into memory.
+
+    Args:
+        evidence: the group.
+
+    Raises:
+        CalibrationError: if it is so wide that no products of its units were gathered.
+    """
+    if wide_consumers(evidence):
+        size = 8 * evidence.units**2 / 2**30
+        raise CalibrationError(
+            f"a refit on {evidence.units:,} units would take {size:.1f} GiB.",
+            where=f"group '{evidence.name}', the rule's repair",
+            fix="use repair='none', 'bias' or 'norm' for this group, by a rule of its own.",
+        )
+
+
+def apart(policy: Policy, ranking: Ranking) -> str:
+    """Warn where one budget weighs prices in different units against each other.
+
+    Args:
+        policy: the declaration.
+        ranking: of one group.
+
+    Returns:
+        a note; empty where all prices compare.
+    """
+    priced = [rule.criterion for rule in policy.rules if isinstance(rule, Units | Layers)]
+    alone = all(criterion.kind == "ntk" for criterion in priced)
+    if not ranking.unit or alone or policy.budget is None:
+        return ""
+    return "its price, in the tangent kernel, does not compare with that of the other rules"
 
 
 def _interplay(order: Tensor, consumer: Consumer) -> Float[Tensor, "units units"]:
@@ -63,6 +137,22 @@ def _interplay(order: Tensor, consumer: Consumer) -> Float[Tensor, "units units"
     weight = consumer.felt()[:, order].flatten(1)
     second = consumer.second[order][:, :, order].reshape(units * taps, units * taps)
     return ((weight.T @ weight) * second).view(units, taps, units, taps).sum((1, 3))
+
+
+def _by_rows(order: Tensor, consumer: Consumer) -> Float[Tensor, " sizes"]:
+    """Measure what dropping the last units changes, row by row: no pair is multiplied out."""
+    assert consumer.signals is not None
+    rows = consumer.signals
+    rows = rows - rows.mean(0) if consumer.absorbs else rows
+    weight = consumer.felt().sum(2)
+    total = rows.new_zeros(len(rows), len(weight))
+    powers = [rows.new_zeros(1)]
+    step = max(1, 2**23 // max(total.numel(), 1))
+    for part in order.flip(0).split(step):
+        each = (rows[:, part].T[:, :, None] * weight[:, part].T[:, None]).cumsum(0) + total
+        powers.append(each.square().sum((1, 2)) / len(rows))
+        total = each[-1]
+    return torch.cat(powers).flip(0)
 
 
 def _residual(order: Tensor, consumer: Consumer) -> Float[Tensor, " units"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import sqrt
 from typing import Any
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch_otprune.criteria.base import Criterion, Ranking
 from torch_otprune.errors import StructureError, TargetError
 from torch_otprune.plan.model import Cut, Drop, Refusal
-from torch_otprune.plan.price import dropped, repaired, weighted
+from torch_otprune.plan.price import apart, dropped, foreseen, refittable, repaired, weighted
 from torch_otprune.plan.reach import instead, places
 from torch_otprune.plan.slices import slices
+from torch_otprune.plan.widths import allowed_widths
 from torch_otprune.policy import (
     Channels,
     Experts,
@@ -37,7 +38,7 @@ from torch_otprune.structure.graph import Block, Blocked, Graph, Group
 from torch_otprune.structure.layers import holder, shared
 from torch_otprune.structure.remedies import counted
 
-__all__ = ["PROPOSERS", "Candidate", "Case", "Offer", "felt", "proposes"]
+__all__ = ["PROPOSERS", "Candidate", "Case", "Offer", "felt", "owned_groups", "proposes"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Candidate:
         widths: allowed numbers, ascending.
         decide: the decision for a number of kept units.
         note: what a reader of the plan should know about the ranking; empty as a rule.
+        settled: whether training decided how many stay.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Candidate:
     widths: tuple[int, ...]
     decide: Callable[[int], Cut | Drop]
     note: str = ""
+    settled: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,28 @@ def propose_units(case: Case, rules: Mapping[int, Units]) -> Offer:
         StructureError: if a rule reaches no group that can be cut.
         TargetError: if a target matches nothing.
     """
+    owned, refused = owned_groups(case, rules)
+    candidates = [
+        _candidate(case, case.graph.group(name), index, rules[index])
+        for name, index in owned.items()
+    ]
+    return Offer(tuple(candidates), tuple(refused))
+
+
+def owned_groups(case: Case, rules: Mapping[int, Units]) -> tuple[dict[str, int], list[Refusal]]:
+    """Assign the groups of one kind to the rules that own them whole.
+
+    Args:
+        case: the model and what is known.
+        rules: the policy's rules about that kind of units, by index.
+
+    Returns:
+        group to index of the rule, and what may not be cut.
+
+    Raises:
+        StructureError: if a rule reaches no group that can be cut.
+        TargetError: if a target matches nothing.
+    """
     classes = module_classes(case.model)
     for index, rule in rules.items():
         match(rule.targets, rule.ignore, classes, where=f"Policy.rules[{index}]")
@@ -154,11 +179,7 @@ def propose_units(case: Case, rules: Mapping[int, Units]) -> Offer:
     for index, rule in rules.items():
         if index not in owned.values():
             _nothing(case, index, rule, refused, classes=classes)
-    candidates = [
-        _candidate(case, case.graph.group(name), index, rules[index])
-        for name, index in owned.items()
-    ]
-    return Offer(tuple(candidates), tuple(refused))
+    return owned, refused
 
 
 def _owned(
@@ -293,6 +314,8 @@ def _candidate(case: Case, group: Group, index: int, rule: Units) -> Candidate:
     evidence = _evidence(case, group)
     ranking = criterion.rank(evidence)
     refits = any(getattr(repair, "refits", False) for repair in rule.repair)
+    if refits:
+        refittable(evidence)
     curve, unit = _price(case, ranking, evidence, refits=refits)
 
     def decide(size: int) -> Cut:
@@ -301,9 +324,15 @@ def _candidate(case: Case, group: Group, index: int, rule: Units) -> Candidate:
         if refines and size < group.units:  # the evidence of all groups at once is large
             nested = criterion.refine(_evidence(case, group), nested)
         keep = nested.sort().values
-        lost = felt(curve, size) if unit else None
-        moves = f" moves {_MOVES[unit]} by {lost:.2%}" if unit else _UNSEEN
+        lost = felt(curve, size) if unit in _MOVES else None
+        moves = _UNSEEN if lost is None else f" moves {_MOVES[unit]} by {lost:.2%}"
+        if unit == "learnt":
+            lost, moves = 0.0, " moves nothing: training has silenced them"
+        if unit == "kernel":
+            moves = f" costs {float(curve[size]):.3g} nats of the tangent kernel"
         moved = f"dropping {group.units - size}{moves}"
+        if type(criterion).certify is not Criterion.certify and size < group.units:
+            moved = f"{moved}; {criterion.certify(_evidence(case, group), keep)}"
         return Cut(
             group=group.name,
             rule=index,
@@ -315,26 +344,10 @@ def _candidate(case: Case, group: Group, index: int, rule: Units) -> Candidate:
             slices=slices(group, keep),
         )
 
-    widths = _widths(group, index, rule)
-    return Candidate(group.name, index, group.units, curve, widths, decide, ranking.note)
-
-
-def _widths(group: Group, index: int, rule: Units) -> tuple[int, ...]:
-    """List how many units may stay: of a mixture, at least as many as its router chooses."""
-    keep, least = rule.keep, group.least
-    if keep is not None and not keep.relative and keep.value < least:
-        raise StructureError(
-            f"keep is {keep.value} of the {group.units} experts of '{group.name}', whose router "
-            f"chooses {least} for every token.",
-            where=f"Policy.rules[{index}].keep",
-            fix=f"keep at least {least}, or lower the model's top-k first.",
-        )
-    step = rule.multiple_of
-    allowed = [w for w in rule.widths(group.units) if w >= least]
-    if not allowed:  # a share asks for fewer
-        floor = max(rule.min_keep, least)
-        allowed = [min(-(-floor // step) * step, group.units)]
-    return tuple(allowed)
+    widths = allowed_widths(group, index, rule) if ranking.size is None else (ranking.size,)
+    note = "; ".join(filter(None, (ranking.note, apart(case.policy, ranking))))
+    settled = ranking.size is not None
+    return Candidate(group.name, index, group.units, curve, widths, decide, note, settled)
 
 
 def felt(curve: Tensor, size: int) -> float:
@@ -346,7 +359,7 @@ def _evidence(case: Case, group: Group) -> Evidence:
     if case.shapes_only:
         nothing = torch.zeros(group.units, 1, dtype=torch.float64, device="cpu")
         return Evidence(group.name, group.units, nothing, None, (), None, case.policy.seed)
-    return gather(
+    found = gather(
         case.model,
         case.graph,
         group,
@@ -355,13 +368,21 @@ def _evidence(case: Case, group: Group) -> Evidence:
         feel=case.weighting == "output",
         ties=case.ties,
         signals=case.observation.signals,
+        tangents=case.observation.tangents,
         seed=case.policy.seed,
     )
+    return replace(found, learnt=case.observation.learnt.get(group.name))
 
 
 def _price(case: Case, ranking: Ranking, evidence: Evidence, *, refits: bool) -> tuple[Tensor, str]:
     """Price a ranking by what its repair leaves, in the unit that all groups share."""
+    if ranking.size is not None:  # there is no choice left to price
+        return ranking.curve, "learnt"
+    if ranking.unit:  # in a unit of its own, which all groups share
+        return ranking.curve, ranking.unit
     felt = case.observation.sensitivity
+    if refits and case.policy.budget is not None and case.policy.budget.foresee:
+        evidence = foreseen(evidence, case.graph.order)
     priced = (repaired if refits else dropped)(ranking, evidence)
     if priced is ranking:  # no consumer was seen: what is lost there is anybody's guess
         return weighted(priced.curve, "uniform", 0.0), ""

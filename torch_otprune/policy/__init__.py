@@ -10,12 +10,14 @@ from torch_otprune.policy.registry import (
     REPAIRS,
     REPLACEMENTS,
     RULES,
+    WEIGHT_CRITERIA,
     Setting,
     Table,
 )
 from torch_otprune.policy.rules import Layers, Linearize, Rule
 from torch_otprune.policy.schedule import Schedule
 from torch_otprune.policy.targets import match, module_classes, owner
+from torch_otprune.policy.weights import Pattern, Weights
 from torch_otprune.policy.width import Channels, Experts, Heads, Hidden, Units
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "REPAIRS",
     "REPLACEMENTS",
     "RULES",
+    "WEIGHT_CRITERIA",
     "Amount",
     "Budget",
     "Calibration",
@@ -34,12 +37,14 @@ __all__ = [
     "Hidden",
     "Layers",
     "Linearize",
+    "Pattern",
     "Policy",
     "Rule",
     "Schedule",
     "Setting",
     "Table",
     "Units",
+    "Weights",
     "match",
     "module_classes",
     "owner",

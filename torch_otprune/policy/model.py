@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from torch_otprune.policy.amount import Amount, AmountLike, Several
 from torch_otprune.policy.base import Declaration, plain, problem, short
+from torch_otprune.policy.preserve import Preserve, PreserveLike
 from torch_otprune.policy.registry import RULES, Entry
 from torch_otprune.policy.rules import Count, Layers, Linearize, Patterns, Rule, listed
 from torch_otprune.policy.schedule import Schedule
@@ -45,6 +46,11 @@ class Budget(Declaration):
         description="what an error at a layer weighs: `output`, how much the network's output "
         "feels it; `uniform`, the same for every relative error; `none`, no weighting at all",
     )
+    foresee: bool = Field(
+        default=False,
+        description="whether an error counts less where layers behind it are refitted after it, "
+        "as `least_squares` does; for widths alone",
+    )
 
     if TYPE_CHECKING:
 
@@ -55,6 +61,7 @@ class Budget(Declaration):
             macs: AmountLike | None = None,
             layers: AmountLike | None = None,
             weighting: Literal["output", "uniform", "none"] = "output",
+            foresee: bool = False,
         ) -> None: ...
 
     @property
@@ -92,7 +99,10 @@ class Calibration(Declaration):
         description="samples on which the output's sensitivity to each layer is measured",
     )
     memory: float = Field(
-        default=4.0, gt=0, description="GiB that the statistics may take; more is an error"
+        default=4.0,
+        gt=0,
+        description="GiB that the statistics may take, more is an error; and that the trial of a "
+        "plan may take beside the model, more is tried in parts",
     )
 
 
@@ -148,6 +158,11 @@ class Policy(Declaration):
         description="whether a plan is checked on the real model before it is returned; `off` "
         "saves a copy and two forward passes, and lets pass what the analysis may get wrong",
     )
+    preserve: Preserve = Field(
+        default=(),
+        description="what the model is as a function of its first input and stays: `convex`, "
+        "`monotone`, or a bound such as `{lipschitz: 2.0}`; proved before and after every step",
+    )
     schedule: Schedule | None = Field(
         default=None,
         description="when `attached.step` prunes while the model trains; whatever else plans or "
@@ -166,8 +181,19 @@ class Policy(Declaration):
             seed: int = 0,
             serving: Literal["registered", "uniform", "plain"] = "registered",
             verify: Literal["on", "off"] = "on",
+            preserve: PreserveLike | Iterable[PreserveLike] = (),
             schedule: Schedule | Mapping[str, Any] | None = None,
         ) -> None: ...
+
+    @model_validator(mode="after")
+    def _foresee_widths(self) -> Self:
+        if self.budget and self.budget.foresee and any(isinstance(r, Layers) for r in self.rules):
+            raise problem(
+                "budget.foresee changes the prices of widths, and a rule about layers shares them.",
+                fix="leave foresee out, or cut layers by a policy of their own.",
+                key="budget",
+            )
+        return self
 
     @model_validator(mode="after")
     def _remove_something(self) -> Self:

@@ -17,10 +17,12 @@ from torch_otprune.policy.base import Declaration, nearest, problem, short, tran
 __all__ = [
     "CRITERIA",
     "LAYER_CRITERIA",
+    "MAPS",
     "PENALTIES",
     "REPAIRS",
     "REPLACEMENTS",
     "RULES",
+    "WEIGHT_CRITERIA",
     "Entry",
     "Setting",
     "Table",
@@ -224,7 +226,9 @@ def _dump(value: Setting, info: core_schema.SerializationInfo) -> dict[str, Any]
 
 CRITERIA: Table[Setting] = Table("criterion", home="torch_otprune.criteria")
 LAYER_CRITERIA: Table[Setting] = Table("layer criterion", home="torch_otprune.criteria.layers")
+WEIGHT_CRITERIA: Table[Setting] = Table("weight criterion", home="torch_otprune.criteria.weights")
 REPAIRS: Table[Setting] = Table("repair", home="torch_otprune.repair")
 REPLACEMENTS: Table[Setting] = Table("replacement", home="torch_otprune.repair.replace")
+MAPS: Table[Setting] = Table("map", home="torch_otprune.maps")
 PENALTIES: Table[Setting] = Table("penalty", home="torch_otprune.training")
 RULES: Table[Setting] = Table("rule")

@@ -16,7 +16,12 @@ from torch_otprune.policy.rules import Count, Counted, Criterion, Repairs, Rule,
 __all__ = ["Channels", "Experts", "Heads", "Hidden", "Units"]
 
 
-_OF_CHANNELS = ("taylor", "bn_scale")
+_OF_CHANNELS = ("taylor", "bn_scale", "cpot", "dtp")
+_OF_READERS = {
+    "least_squares": "refits what reads the units, and an expert has no reader of its own",
+    "bias": "shifts what reads the units, and an expert has no reader of its own",
+    "coupling": "fuses units into their mean, and experts are whole networks, which have none",
+}
 
 
 Unit = Literal["channels", "heads", "hidden", "experts"]
@@ -166,6 +171,16 @@ class Hidden(Units):
     unit: ClassVar[Unit] = "hidden"
     kind: Literal["hidden"] = "hidden"
 
+    @model_validator(mode="after")
+    def _masked(self) -> Self:
+        if self.criterion.kind == "dtp":
+            raise problem(
+                "criterion 'dtp' masks what is behind a norm, and a norm takes this stream whole.",
+                fix="use dtp on Channels, Heads or Layers, and another criterion here.",
+                key="criterion",
+            )
+        return self
+
     if TYPE_CHECKING:  # what may be written is wider than what is stored
 
         def __init__(
@@ -190,9 +205,10 @@ class Experts(Units):
     as many stay as the router chooses for one token. What an expert costs is what its mixture's
     output would change by without it, the tokens that it had given to others.
 
-    Limits: costs are measured one expert at a time. Criteria `taylor` and `bn_scale` look at what
-    single channels have, and cannot rank experts. An expert has no consumer of its own to
-    refit: `repair` is `none` by default.
+    Limits: costs are measured one expert at a time. Criteria `taylor`, `bn_scale` and `cpot` look
+    at what single channels have, and cannot rank experts. An expert has no consumer of its own to
+    refit, and no mean with others: `repair` is `none` by default, and may be `norm` or
+    `reconstruct`.
 
     Example:
         >>> from torch_otprune.policy import Experts
@@ -223,6 +239,13 @@ class Experts(Units):
                 fix="choose transport, obs, activation, fpgm, magnitude or random.",
                 key="criterion",
             )
+        for repair in self.repair:
+            if repair.kind in _OF_READERS:
+                raise problem(
+                    f"repair {repair.kind!r} {_OF_READERS[repair.kind]}.",
+                    fix="leave repair out, or choose reconstruct.",
+                    key="repair",
+                )
         return self
 
     if TYPE_CHECKING:  # what may be written is wider than what is stored

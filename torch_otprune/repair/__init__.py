@@ -7,6 +7,7 @@ from torch_otprune.repair.least_squares import LeastSquares
 from torch_otprune.repair.none import NoRepair
 from torch_otprune.repair.norm import Norm
 from torch_otprune.repair.reconstruct import Reconstruct
+from torch_otprune.repair.recurrent import Recurrent
 
 __all__ = [
     "Bias",
@@ -17,6 +18,7 @@ __all__ = [
     "Note",
     "Patient",
     "Reconstruct",
+    "Recurrent",
     "Repair",
     "register",
 ]

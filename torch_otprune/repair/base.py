@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from torch_otprune.certify import Keeper
 from torch_otprune.criteria.base import Need
 from torch_otprune.plan.model import Cut, Drop, Folding, Line
 from torch_otprune.plan.replacement import Replacement
@@ -85,6 +86,8 @@ class Patient:
         batches: calibration batches; may be empty for repairs that need none.
         seed: the policy's seed.
         progress: told the stage, the steps done and the steps in all.
+        keeper: what the model must stay; None where nothing is asked.
+        signs: which entries of the cut model's tensors must not become negative, by name.
     """
 
     dense: nn.Module
@@ -100,6 +103,8 @@ class Patient:
     rewritten: Mapping[str, tuple[str, Tail]] = field(default_factory=dict)
     seed: int = 0
     progress: Callable[[str, int, int], None] = field(default=_quiet)
+    keeper: Keeper | None = None
+    signs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def _left(self) -> dict[str, Tensor]:
@@ -185,6 +190,20 @@ class Patient:
         """Find the batch-norm of the cut model that can take up a shift of a layer's output."""
         name = norm_behind(self.small, self.graph, path, self._shared)
         return None if name is None else self.small.get_submodule(name)
+
+    def floor(self, path: str) -> Bool[Tensor, "columns out"] | None:
+        """Mark the weights of a layer that must not become negative, as columns x out.
+
+        Args:
+            path: a dense layer or a convolution.
+
+        Returns:
+            marks; None where all are free.
+        """
+        mask = self.signs.get(f"{path}.weight")
+        if mask is None or not bool(mask.any()):
+            return None
+        return mask.reshape(len(mask), -1).T
 
     def absorbs(self, path: str) -> bool:
         """Tell whether a constant at a layer's output has somewhere to go."""

@@ -11,6 +11,7 @@ from torch_otprune.repair.lockstep import Lockstep, Pause, Site
 from torch_otprune.statistics.patches import output_rows, pick, positions
 from torch_otprune.statistics.reduce import all_sum_
 from torch_otprune.statistics.sites import real
+from torch_otprune.structure.layers import bare
 
 __all__ = ["Bias"]
 
@@ -22,7 +23,8 @@ class Bias(Repair):
     Front to back, as in `least_squares`, but only the intercept is fitted. It goes into the bias,
     or into the running mean of the batch-norm behind. Padding does not count.
 
-    Limits: layers with neither are left alone and noted; nothing is gained where `norm` follows.
+    Limits: layers with neither are left alone and noted, and so are parameters that are no layer's;
+    nothing is gained where `norm` follows.
 
     Source: An et al. 2024 (FLAP), section 3.3; sequential inputs are ours.
     """
@@ -42,6 +44,9 @@ class Bias(Repair):
                 notes.append(Note(self.kind, path, None, None, accepted=False, text=why))
             else:
                 sites.append(patient.site(path))
+        loose = sorted({bare(path)[0] for path in hit - set(patient.graph.order)})
+        why = "is no layer, and has no bias"
+        notes += [Note(self.kind, p, None, None, accepted=False, text=why) for p in loose]
         worker = _Shift(patient, notes)
         if sites:
             with Lockstep(patient.dense, patient.small, patient.batches, sites) as walk:

@@ -87,7 +87,12 @@ class Decoder:
             every = torch.arange(last, device="cpu")
             out = torch.arange(h.shape[1], device="cpu")
             prior = torch.cat([self.move.into.T, h.new_zeros(last - new.shape[1], h.shape[1])])
-            found = solve(fit.part(every, out), held.part(every, out), prior, ridge=self.ridge)
+            floor = None
+            if self.patient.signs:  # what may only be added stays so
+                floor = torch.ones_like(prior, dtype=torch.bool)
+                floor[new.shape[1] :] = False
+            sums = fit.part(every, out), held.part(every, out)
+            found = solve(*sums, prior, ridge=self.ridge, floor=floor)
             read = found.weight[: new.shape[1]].T
             constant = found.weight[-1] if place is not None else h.new_zeros(h.shape[1])
         if place is None:

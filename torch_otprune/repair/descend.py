@@ -30,6 +30,7 @@ class Descent:
         held: batches that no step sees.
         live: what learns.
         half: whether forward and backward passes of the steps run in bfloat16.
+        project: brings the weights back, after every step, to where they may be.
     """
 
     pupil: Taps
@@ -37,6 +38,7 @@ class Descent:
     held: Sequence[Any]
     live: Sequence[nn.Parameter]
     half: bool = False
+    project: Callable[[], None] | None = None
     best: float = field(init=False, default=float("inf"))
     kept: list[Tensor] = field(init=False, default_factory=list)
 
@@ -101,6 +103,8 @@ class Descent:
         optimiser.zero_grad()
         total.backward()
         optimiser.step()
+        if self.project is not None:
+            self.project()
         torch.clear_autocast_cache()  # the caller's, if any, holds the old weights
 
     def _precision(self) -> AbstractContextManager[object]:

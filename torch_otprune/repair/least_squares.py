@@ -161,8 +161,19 @@ class _Refit:
         old, offset = _old(module, self.patient.absorbs(site.path))
         look = self._looked(module, site, pauses, offset)
         fit, held = self._normal(module, site, look)
+        floor = _floor(self.patient, site.path, old)
         parts = [
-            (c, o, solve(fit.part(c, o), held.part(c, o), old[c][:, o], ridge=self.setting.ridge))
+            (
+                c,
+                o,
+                solve(
+                    fit.part(c, o),
+                    held.part(c, o),
+                    old[c][:, o],
+                    ridge=self.setting.ridge,
+                    floor=None if floor is None else floor[c][:, o],
+                ),
+            )
             for c, o in _blocks(module, offset)
         ]
         before, after = (_mean(parts, fit, held, name) for name in ("before", "after"))
@@ -170,7 +181,7 @@ class _Refit:
         accepted = not worse and after <= before
         text = "the refit does worse on held-out rows"
         if accepted:
-            new, text = self._chosen(look, (fit, held), old, parts)
+            new, text = self._chosen(site.path, look, (fit, held), old=old, parts=parts)
             self._write(module, site.path, new, old, offset=offset)
         self.notes.append(
             Note(self.kind, site.path, before, after if accepted else before, accepted, text)
@@ -180,13 +191,16 @@ class _Refit:
 
     def _chosen(
         self,
+        path: str,
         look: Callable[[], Iterable[Rows]],
         sums: tuple[Normal, Normal],
+        *,
         old: Tensor,
         parts: list[tuple[Tensor, Tensor, Fit]],
     ) -> tuple[Tensor, str]:
         """Put the groups together; where a rectifier reads them, see what lies behind it."""
-        if next(iter(look())).behind is not None:
+        bound = self.patient.floor(path) is not None  # the rounds solve without bounds
+        if not bound and next(iter(look())).behind is not None:
             ridges = [(c, o, part.ridge) for c, o, part in parts]
             bent = OneSided(look, *sums, old, ridges).solve(self.setting.one_sided)
             if bent is not None:
@@ -273,6 +287,15 @@ def _old(module: nn.Module, offset: bool) -> tuple[Tensor, bool]:
         else weight.new_zeros(weight.shape[1])
     )
     return torch.cat([weight, bias[None]]), True
+
+
+def _floor(patient: Patient, path: str, old: Tensor) -> Tensor | None:
+    """Mark what must not become negative; an intercept may."""
+    floor = patient.floor(path)
+    if floor is None or len(floor) == len(old):
+        return floor
+    free = torch.zeros(len(old) - len(floor), floor.shape[1], dtype=torch.bool)
+    return torch.cat([floor, free.to(floor.device)])
 
 
 def _blocks(module: nn.Module, offset: bool) -> list[tuple[Tensor, Tensor]]:

@@ -64,6 +64,9 @@ def _unfit(patient: Patient, path: str) -> str:
     named = patient.small.named_parameters(remove_duplicate=False)
     if sum(p is leaf_of(patient.small, path) for _, p in named) > 1:
         return "shares a tensor with another layer"
+    mask = patient.signs.get(name)
+    if mask is not None and bool(mask.any()):
+        return "it must not become negative, and would be fitted freely"
     return ""
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -101,7 +102,8 @@ class Reconstruct(Repair):
             Taps(patient.small, tuple(paths)) as pupil,
         ):
             goals = Goals(teacher, paths, self.memory * _MIB)
-            descent = Descent(pupil, goals, held, live, half=self.precision == "bfloat16")
+            half = self.precision == "bfloat16"
+            descent = Descent(pupil, goals, held, live, half=half, project=_projection(patient))
             before = descent.distance(together=True)
             start = [p.detach().clone() for p in live]
             done = self._run_(descent, patient, train)
@@ -132,6 +134,13 @@ class Reconstruct(Repair):
             outputs=self.outputs,
             progress=told,
         )
+
+
+def _projection(patient: Patient) -> Callable[[], None] | None:
+    """Bring weights that must not be negative back after every step."""
+    if patient.keeper is None or not patient.signs:
+        return None
+    return partial(patient.keeper.project_, patient.small, patient.signs)
 
 
 def _spread(batches: Sequence[Any], samples: int) -> list[Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from torch_otprune.repair.nonnegative import nonnegative
 from torch_otprune.statistics.moments import add_gram_, ridge_factor
 
 __all__ = ["Fit", "Normal", "solve"]
@@ -79,7 +80,12 @@ RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def solve(
-    fit: Normal, held: Normal, old: Float[Tensor, "columns out"], *, ridge: float | None = None
+    fit: Normal,
+    held: Normal,
+    old: Float[Tensor, "columns out"],
+    *,
+    ridge: float | None = None,
+    floor: Bool[Tensor, "columns out"] | None = None,
 ) -> Fit:
     """Minimise `|Y - XW|^2 + ridge |W - old|^2`.
 
@@ -88,6 +94,7 @@ def solve(
         held: rows to choose the ridge on; they join the fit once it is chosen.
         old: the weights to stay near where the data say nothing.
         ridge: share of the mean squared column; None chooses among powers of ten on `held`.
+        floor: entries that must not be negative, and are not in `old`; None where all are free.
 
     Returns:
         the fit; its squared error on all rows is not above the old weight's.
@@ -95,10 +102,10 @@ def solve(
     Source: ridge regression centred on a prior weight; `methods` call it least-squares refit.
     """
     choices = RIDGES if ridge is None else (ridge,)
-    held_errors = [held.error(_ridge(fit, old, r)) for r in choices]
+    held_errors = [held.error(_ridge(fit, old, r, floor)) for r in choices]
     best = min(range(len(choices)), key=lambda i: (held_errors[i], -choices[i]))
     every = fit.plus(held)
-    weight = _ridge(every, old, choices[best])
+    weight = _ridge(every, old, choices[best], floor)
     scale, held_scale = (max(float(n.power.sum()), 1e-300) for n in (every, held))
     return Fit(
         weight,
@@ -110,9 +117,13 @@ def solve(
     )
 
 
-def _ridge(normal: Normal, old: Tensor, ridge: float) -> Tensor:
+def _ridge(normal: Normal, old: Tensor, ridge: float, floor: Tensor | None) -> Tensor:
     mean = normal.gram.diagonal().mean()
     if float(mean) <= 0:
         return old
     factor = ridge_factor(normal.gram, ridge)
-    return old + torch.cholesky_solve(normal.cross - normal.gram @ old, factor)
+    off = normal.cross - normal.gram @ old
+    if floor is None or not bool(floor.any()):
+        return old + torch.cholesky_solve(off, factor)
+    lifted = factor @ factor.T
+    return nonnegative(lifted, off + lifted @ old, floor)

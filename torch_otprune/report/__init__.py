@@ -2,6 +2,8 @@
 
 from torch_otprune.report.anatomy import draw_groups
 from torch_otprune.report.compare import agreement, layer_errors, output_error, per_layer_error
+from torch_otprune.report.images import Images, images_of
+from torch_otprune.report.kernels import trainability
 from torch_otprune.report.measure import count_macs, count_params, interval, latency
 from torch_otprune.report.model import (
     Agreement,
@@ -13,23 +15,28 @@ from torch_otprune.report.model import (
     Report,
     environment,
 )
+from torch_otprune.report.trainability import Trainability
 
 __all__ = [
     "Agreement",
+    "Images",
     "Interval",
     "Latency",
     "LayerError",
     "OutputError",
     "RepairNote",
     "Report",
+    "Trainability",
     "agreement",
     "count_macs",
     "count_params",
     "draw_groups",
     "environment",
+    "images_of",
     "interval",
     "latency",
     "layer_errors",
     "output_error",
     "per_layer_error",
+    "trainability",
 ]

@@ -13,6 +13,9 @@ from torch import nn
 
 from torch_otprune.errors import OTPruneError
 from torch_otprune.plan.model import Cost, Plan
+from torch_otprune.repair.zeros import LayerZeros, OutputBound
+from torch_otprune.report.images import Images
+from torch_otprune.report.trainability import Trainability
 from torch_otprune.surgery.rebind import Optimizes, Rebound
 
 __all__ = [
@@ -152,8 +155,20 @@ class Report(_Frozen):
     output_error: OutputError
     agreement: Agreement
     repairs: tuple[RepairNote, ...] = ()
+    images: Images | None = Field(
+        default=None, description="a few outputs before and after, where they look like images"
+    )
     seconds: dict[str, float] = Field(default_factory=dict, description="stage to seconds")
     environment: dict[str, str] = Field(default_factory=dict)
+    zeros: tuple[LayerZeros, ...] = Field(
+        default=(), description="layers in which single weights are zero, in order of execution"
+    )
+    bound: OutputBound | None = Field(
+        default=None, description="how far zeros can move the output; null without zeros"
+    )
+    trainability: Trainability | None = Field(
+        default=None, description="tangent kernels compared; None where nobody asked"
+    )
 
     _undo: Callable[[], None] | None = PrivateAttr(default=None)
     _undone: bool = PrivateAttr(default=False)
@@ -192,6 +207,17 @@ class Report(_Frozen):
         """
         self._undo, self._undone, self._follows = undo, False, follows
         return self
+
+    def with_trainability(self, found: Trainability) -> Report:
+        """Add what `otp.trainability` found about the dense and the pruned network.
+
+        Args:
+            found: the comparison.
+
+        Returns:
+            a copy of this report that prints, writes and saves it, and goes back the same way.
+        """
+        return self.model_copy(update={"trainability": found})
 
     def rebind_(self, *optimizers: Optimizes, ema: nn.Module | Iterable[nn.Module] = ()) -> Rebound:
         """Let optimisers go on with the pruned model, all or nothing.

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from torch_otprune.errors import OTPruneError
 from torch_otprune.report.pictures import draw
+from torch_otprune.report.sparsity import ZERO_HEAD, zero_rows
 from torch_otprune.report.table import depth_sections, layer_rows, total_rows
 from torch_otprune.report.words import error
 
 if TYPE_CHECKING:
     from torch_otprune.report.model import Report
+    from torch_otprune.report.trainability import Trainability
 
 __all__ = ["page", "write"]
 
@@ -118,6 +120,11 @@ def _details(report: Report) -> list[str]:
         parts += ["<h2>Layers</h2>", _table(head3, layer_rows(report.layers))]
     if report.repairs:
         parts += ["<h2>Repairs</h2>", _repairs(report)]
+    if report.zeros:
+        zeros = zero_rows(report.zeros)
+        parts += ["<h2>Zeros</h2>", _table(ZERO_HEAD, zeros, numbers=(2, 3, 4, 5, 6))]
+    if report.trainability is not None:
+        parts += ["<h2>Trainability</h2>", *_learning(report.trainability)]
     if plan.refused:
         parts += ["<h2>Stays whole</h2>", _list(f"{r.group}: {r.reason}" for r in plan.refused)]
     if plan.notes:
@@ -133,6 +140,24 @@ def _repairs(report: Report) -> str:
     ]
     head = ("layer", "repair", "error before", "after", "", "note")
     return _table(head, rows, numbers=(2, 3))
+
+
+def _learning(found: Trainability) -> list[str]:
+    parts = [
+        _list(found.verdicts),
+        _table(("tangent kernel", "dense", "pruned"), found.rows()),
+        f"<p>{escape(found.basis())}</p>",
+    ]
+    if found.curve is not None:
+        both = enumerate(zip(found.curve.predicted, found.curve.real, strict=False))
+        rows = [(str(step), f"{a:.4g}", f"{b:.4g}") for step, (a, b) in both]
+        parts.append(_table(("step", "loss predicted", "real"), rows, numbers=(0, 1, 2)))
+    shares = [(s.path, _share(s.before), _share(s.after)) for s in found.shares]
+    return [*parts, _table(("layer's share of the kernel", "dense", "pruned"), shares)]
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"
 
 
 def _origin(report: Report) -> str:

@@ -1,4 +1,4 @@
-"""The report as pictures: widths, layer errors, totals."""
+"""The report as pictures: widths, layer errors, totals, outputs that are images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch_otprune.report.words import count, error, milliseconds, short_names
 
 if TYPE_CHECKING:
     from torch_otprune.plan.model import Cut
+    from torch_otprune.report.images import Images
     from torch_otprune.report.model import LayerError, Report
 
 __all__ = ["draw"]
@@ -27,9 +28,11 @@ def draw(report: Report) -> dict[str, bytes]:
         report: what was measured.
 
     Returns:
-        name to PNG: `totals`, `widths`, `layers`.
+        name to PNG: `totals`, `outputs`, `widths`, `layers`.
     """
     pictures = {"totals": _totals(report)}
+    if report.images is not None:
+        pictures["outputs"] = _images(report, report.images)
     if report.plan.cuts:
         pictures["widths"] = _widths(report.plan.cuts)
     if report.layers:
@@ -96,6 +99,24 @@ def _layers(layers: Sequence[LayerError]) -> bytes:
     return _finish(axes, figure, [layer.path for layer in shown])
 
 
+def _images(report: Report, images: Images) -> bytes:
+    """Put the same outputs of the dense, the cut and the repaired model below one another."""
+    off = report.output_error
+    said = {"cut": error(off.before_repair), "repaired": error(off.after_repair)}
+    samples, height, width, _ = images.shape
+    figure = _figure(0.6 + len(images.rows) * (7.0 * height / (samples * width) + 0.1))
+    figure.suptitle("A few outputs, before and after", x=0.01, ha="left", fontsize=11, color=_INK)
+    grid = figure.subplots(len(images.rows), 1)
+    for axis, name in zip(grid, images.rows, strict=True):
+        strip = images.pixels(name).transpose(0, 1).reshape(height, samples * width, -1)
+        axis.imshow(strip.expand(-1, -1, 3).numpy(), interpolation="nearest")
+        label = f"{name}\n{said[name]} off" if name in said else name
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8, color=_INK)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return _png(figure)
+
+
 _SMALL: dict[str, Any] = {"va": "center", "fontsize": 7.5, "color": _INK}
 
 
@@ -110,15 +131,20 @@ def _title(title: str, shown: int, total: int, which: str) -> str:
 
 
 def _axes(rows: int, title: str, row: float = _ROW) -> tuple[Any, Any]:
+    figure = _figure(_FRAME + row * rows)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=11, color=_INK, pad=22)
+    return axes, figure
+
+
+def _figure(height: float) -> Any:
     """Open a figure of our own: pyplot's global state and backend are the user's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, _FRAME + row * rows), dpi=130, layout="constrained")
+    figure = Figure(figsize=(8.4, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11, color=_INK, pad=22)
-    return axes, figure
+    return figure
 
 
 def _finish(axes: Any, figure: Any, names: Sequence[str]) -> bytes:
@@ -134,6 +160,10 @@ def _finish(axes: Any, figure: Any, names: Sequence[str]) -> bytes:
         loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8,
         borderaxespad=0.2, handlelength=1.2,
     )  # fmt: skip
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from torch_otprune.report.sparsity import ZERO_HEAD, zero_rows
 from torch_otprune.report.words import count, error, kept, milliseconds
 
 if TYPE_CHECKING:
@@ -38,8 +39,13 @@ def render(report: Report) -> str:
     worst = sorted(report.layers, key=lambda layer: -layer.after_repair)[:_WORST]
     parts = [_verdicts(report), _table(("", "dense", "pruned", "kept"), total_rows(report))]
     parts += [_table(s.head[:-1], _brief(s.rows)) for s in depth_sections(report.plan)]
+    if report.zeros:
+        parts.append(_table(ZERO_HEAD, _few(zero_rows(report.zeros))))
     if worst:
         parts.append(_table(("layer", "before repair", "after repair"), layer_rows(worst)))
+    if (learns := report.trainability) is not None:
+        parts.append(_capture([f"- {verdict}" for verdict in learns.verdicts]))
+        parts.append(_table(("tangent kernel", "dense", "pruned"), learns.rows()))
     if notes := [f"note: {note}" for note in report.plan.notes if note.startswith("MACs ")]:
         parts.append(_capture(notes))
     if rest := len(report.layers) - len(worst):
@@ -124,6 +130,11 @@ def layer_rows(layers: Iterable[LayerError]) -> list[tuple[str, str, str]]:
         rows of path, error before repair, error after it.
     """
     return [(layer.path, error(layer.before_repair), error(layer.after_repair)) for layer in layers]
+
+
+def _few(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Name the first few."""
+    return _brief([(*row, "") for row in rows])
 
 
 def _brief(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from torch_otprune.report.sparsity import zero_verdicts
 from torch_otprune.report.words import error, kept
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def judge(report: Report) -> tuple[str, ...]:
     Returns:
         one sentence each, without a full stop.
     """
-    topics = (_output, _speed, _budget, _promise, _repairs)
+    topics = (_output, _speed, zero_verdicts, _budget, _promise, _repairs)
     return tuple(sentence for topic in topics for sentence in topic(report))
 
 

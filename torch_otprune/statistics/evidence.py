@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from torch_otprune.statistics.filters import Filters, filters, module_at
 from torch_otprune.statistics.loose import flat_rows, stretches
-from torch_otprune.statistics.moments import Moments
+from torch_otprune.statistics.moments import WIDE, Moments
 from torch_otprune.statistics.patches import full_weight, supported, taps
 from torch_otprune.statistics.sensitivity import Sensitivity
+from torch_otprune.statistics.tangents import Tangent, Tangents, tangent
 from torch_otprune.structure.graph import Graph, Group, Member
 from torch_otprune.structure.layers import (
     BatchNorm,
@@ -24,7 +25,7 @@ from torch_otprune.structure.layers import (
 )
 from torch_otprune.structure.routing import around
 
-__all__ = ["Consumer", "Evidence", "gather"]
+__all__ = ["Consumer", "Evidence", "Learnt", "gather"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,21 @@ class Consumer:
 
 
 @dataclass(frozen=True)
+class Learnt:
+    """What soft masks came to, of the units of a group or of one block.
+
+    Args:
+        logits: of each mask; larger means keep.
+        keep: what stays.
+        note: what a reader of the plan should know about it.
+    """
+
+    logits: Float[Tensor, " units"]
+    keep: Bool[Tensor, " units"]
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """One group, as a criterion sees it. Everything in float64.
 
@@ -72,6 +88,9 @@ class Evidence:
             without data.
         seed: the policy's seed.
         filters: what writes each unit, layer by layer, batch-norms folded in.
+        tangent: what its parameters hold of the network's tangent kernel; None where no
+            criterion asked.
+        learnt: what training decided; None where it decided nothing.
     """
 
     name: str
@@ -82,6 +101,8 @@ class Evidence:
     taylor: Float[Tensor, " units"] | None
     seed: int
     filters: tuple[Filters, ...] = ()
+    tangent: Tangent | None = None
+    learnt: Learnt | None = None
 
 
 def gather(
@@ -94,6 +115,7 @@ def gather(
     feel: bool = True,
     ties: frozenset[str] = frozenset(),
     signals: Mapping[str, Tensor] | None = None,
+    tangents: Tangents | None = None,
     seed: int,
 ) -> Evidence:
     """Lay out all that is known about one group.
@@ -107,15 +129,17 @@ def gather(
         feel: whether consumers' errors are weighted by it.
         ties: modules that share tensors, as `layers.shared` lists them.
         signals: rows of what consumers read, by consumer.
+        tangents: squared gradients of every parameter; None where no criterion asked.
         seed: the policy's seed.
 
     Returns:
         the evidence.
     """
     felt = sensitivity if feel else None
+    own = None if tangents is None else tangent(model, group, tangents)
     if group.kind == "experts":
-        own, reader = _contents(model, group), _mixture(group, moments, felt)
-        return Evidence(group.name, group.units, own, None, (reader,), None, seed)
+        held, reader = _contents(model, group), _mixture(group, moments, felt)
+        return Evidence(group.name, group.units, held, None, (reader,), None, seed, (), own)
     readers = tuple(
         _heard(consumer, m, signals or {})
         for m in group.consumers
@@ -130,6 +154,7 @@ def gather(
         _taylor(group, sensitivity),
         seed,
         filters(model, graph, group, ties=ties),
+        own,
     )
 
 
@@ -233,6 +258,9 @@ def _loose(
         if second is not None and slopes is not None:
             power = ((own @ second) * own).sum(1)
             feel = slopes[outs] / power.clamp_min(1e-30)
+        if second is None and own.shape[1] > WIDE:
+            yield Consumer(member.path, own[:, member.index], None, absorbs=False, feel=feel)
+            continue
         # what nobody saw is taken as white, of size one, as it is behind a norm
         known = (
             torch.eye(weight.shape[1], dtype=own.dtype, device="cpu") if second is None else second

@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Moments", "add_gram_", "ridge_factor"]
+__all__ = ["WIDE", "Moments", "add_gram_", "ridge_factor"]
+
+WIDE = 32_768  # channels: products of all pairs would take 8 GiB, so that rows stand for them
 
 _NARROW = 512  # columns that one product handles as fast as two halves
 

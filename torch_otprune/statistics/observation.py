@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.statistics.depth import ChainEvidence, SiteEvidence
+from torch_otprune.statistics.evidence import Learnt
 from torch_otprune.statistics.loose import agreed, filed
 from torch_otprune.statistics.moments import Moments
 from torch_otprune.statistics.patches import columns, full_weight, supported
 from torch_otprune.statistics.recorder import Recorder
 from torch_otprune.statistics.reduce import all_objects, all_sum_, ranks
 from torch_otprune.statistics.sensitivity import Sensitivity, sense
+from torch_otprune.statistics.tangents import Tangents
 
 __all__ = ["DRAWS", "Observation", "conclude", "summed"]
 
@@ -34,6 +36,8 @@ class Observation:
         chains: what flows between blocks that may go, by the first block of each run.
         sites: what goes through activations that may become linear, by name.
         signals: rows of what consumers read, by consumer; empty where nobody asked.
+        tangents: squared gradients of every parameter; None where nobody asked.
+        learnt: what training decided, by group and block.
     """
 
     moments: Mapping[str, Moments]
@@ -42,6 +46,8 @@ class Observation:
     chains: Mapping[str, ChainEvidence] = field(default_factory=dict)
     sites: Mapping[str, SiteEvidence] = field(default_factory=dict)
     signals: Mapping[str, Tensor] = field(default_factory=dict)
+    tangents: Tangents | None = None
+    learnt: Mapping[str, Learnt] = field(default_factory=dict)
 
     def chain(self, names: Sequence[str]) -> ChainEvidence:
         """Look up what is known about blocks that follow one another.
@@ -60,9 +66,12 @@ class Observation:
         Returns:
             16 hexadecimal digits; `none` where nothing was observed.
         """
-        if not (self.moments or self.chains or self.sites or self.signals):
+        seen = any((self.moments, self.chains, self.sites, self.signals))
+        if not seen and not self.learnt and self.tangents is None:
             return "none"
         lines = [f"{self.samples}"]
+        if self.tangents is not None:
+            lines.append(f"tangents {self.tangents.trace:.3e}")
         for name in sorted(self.chains):
             powers = self.chains[name].points.square().mean((1, 2)).tolist()
             lines.append(f"{name} {' '.join(f'{power:.3e}' for power in powers)}")
@@ -75,6 +84,8 @@ class Observation:
         for path in sorted(self.signals):
             heard = self.signals[path]
             lines.append(f"{path} {len(heard)} {float(heard.double().square().sum()):.3e}")
+        for name in sorted(self.learnt):
+            lines.append(f"{name} {self.learnt[name].keep.nonzero().flatten().tolist()}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

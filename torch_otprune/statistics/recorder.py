@@ -62,6 +62,7 @@ def check_memory(
     *,
     streams: Mapping[str, int] = _NOTHING,
     signals: Mapping[str, int] = _NOTHING,
+    tangents: Mapping[str, int] = _NOTHING,
     others: Mapping[str, int] = _NOTHING,
 ) -> None:
     """Refuse statistics that would not fit.
@@ -72,6 +73,7 @@ def check_memory(
         limit: how much they may take, in GiB.
         streams: run of removable blocks to what its rows take, in bytes.
         signals: layer to what the rows of its signals take, in bytes.
+        tangents: what the squared gradients of all parameters take, in bytes.
         others: what else is observed, by name, with its columns.
 
     Raises:
@@ -80,6 +82,7 @@ def check_memory(
     parts = [(quote(model, [path]), f"'{path}'") for path in paths]
     parts += [(size, f"the stream at '{name}'") for name, size in streams.items()]
     parts += [(size, f"the signals at '{path}'") for path, size in signals.items()]
+    parts += [(size, "the gradients of all parameters") for size in tangents.values()]
     parts += [(Moments.bytes(width), f"'{name}'") for name, width in others.items()]
     size = sum(part for part, _ in parts)
     _log.info("statistics will take %s", _binary(size))

@@ -20,9 +20,10 @@ from torch_otprune.structure.forward import (
 )
 from torch_otprune.structure.layers import channels, is_dense, tensor
 
-__all__ = ["Ears", "hear", "signals_quote"]
+__all__ = ["WIDE_ROWS", "Ears", "hear", "signals_quote"]
 
 ROWS = 2048  # per layer: quantiles of a law are known to about a hundredth of its spread
+WIDE_ROWS = 256  # of a layer so wide
 
 
 def hear(

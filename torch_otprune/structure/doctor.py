@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch_otprune.structure.costs import computed
 from torch_otprune.structure.graph import Blocked, Graph, Group, Kind, Member, Term
 from torch_otprune.structure.layers import axes, bare
-from torch_otprune.structure.remedies import Obstacle, obstacles
+from torch_otprune.structure.remedies import Obstacle, advice, obstacles
 
 __all__ = ["FATES", "Ailment", "Fate", "Finding", "Ward", "ailments", "findings", "wards"]
 
@@ -177,7 +177,7 @@ def _stuck(name: str, shape: tuple[int, ...], blocked: Sequence[Blocked]) -> Fin
         shape=shape,
         fate="fixed" if _is_output(culprits[0]) else "blocked",
         reason=_told(found),
-        fix=" ".join(dict.fromkeys(_fix(b) for b in culprits)),
+        fix=advice(_fix(b) for b in culprits),
         obstacles=found,
     )
 

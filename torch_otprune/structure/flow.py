@@ -141,6 +141,20 @@ def tensors(tree: Any) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
+def _given(args: Any, kwargs: Any) -> list[Tensor]:
+    """List what an op is given; most arguments are tensors or numbers as they are."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif not isinstance(value, _PLAIN):
+            found += tensors(value)
+    return found
+
+
+_PLAIN = (int, float, str, type(None), torch.dtype, torch.device)
+
+
 class Following(TorchFunctionMode):
     """Number tensors and ops as they come by.
 
@@ -174,11 +188,11 @@ class Following(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        given = list(tensors((args, kwargs)))
-        reads = tuple(dict.fromkeys(self.node(t) for t in given))
+        given = _given(args, kwargs)
+        reads = tuple(dict.fromkeys([self.node(t) for t in given]))
         before = {id(t): _version(t) for t in given}
         out = function(*args, **(kwargs or {}))
-        made = list(tensors(out))
+        made = [out] if isinstance(out, Tensor) else list(tensors(out))
         if getattr(function, "__name__", "") == "__setitem__":
             made = given[:1]
         if made and any(before.get(id(t)) != _version(t) for t in made):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.errors import CalibrationError, OTPruneError
+from torch_otprune.structure.lines import blamed
 
 __all__ = [
     "Call",
@@ -124,10 +125,9 @@ def failing_line(error: BaseException) -> str:
     Returns:
         `file.py:12`, the innermost outside the libraries; empty where there is none.
     """
-    frames = traceback.extract_tb(error.__traceback__)
-    paths = [(frame.filename.replace("\\", "/"), frame.lineno) for frame in frames]
-    theirs = [at for at in paths if not any(f"/{room}/" in at[0] for room in _LIBRARIES)]
-    return f"{theirs[-1][0].rpartition('/')[2]}:{theirs[-1][1]}" if theirs else ""
+    found = traceback.extract_tb(error.__traceback__)
+    frames = [(f.filename.replace("\\", "/"), f.name, f.lineno or 0) for f in reversed(found)]
+    return blamed(f for f in frames if not any(f"/{room}/" in f[0] for room in _LIBRARIES))
 
 
 def first_line(error: BaseException) -> str:

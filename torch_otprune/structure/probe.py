@@ -142,11 +142,11 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if self.inside or not self.live:
-            return function(*args, **(kwargs or {}))
-        given = {id(t): t for t in _tensors((args, kwargs)) if id(t) in self.live}
+        given = {} if self.inside else self._followed(args, kwargs)
         versions = {key: _version(t) for key, t in given.items()}
         out = function(*args, **(kwargs or {}))
+        if not given:
+            return out
         made = {id(t) for t in _tensors(out)}
         if not made and function is not Tensor.__setitem__:
             return out  # a shape or a type was asked for
@@ -159,6 +159,16 @@ class _Watch(TorchFunctionMode):
             if key in made:
                 self.live.pop(key, None)  # written in place: no longer the layer's output
         return out
+
+    def _followed(self, args: Any, kwargs: Any) -> dict[int, Tensor]:
+        """List the arguments of an op that are on some trail."""
+        live, found = self.live, dict[int, Tensor]()
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if id(value) in live:
+                found[id(value)] = value
+            elif isinstance(value, (tuple, list, Mapping)):
+                found |= {id(t): t for t in _tensors(value) if id(t) in live}
+        return found
 
     def _use(self, trail: _Trail, *, added: bool = False) -> None:
         """Note who reads a tensor; two readers end the tail there."""

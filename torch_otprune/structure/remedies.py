@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Obstacle", "counted", "obstacles", "remedy"]
+__all__ = ["Obstacle", "advice", "counted", "obstacles", "remedy"]
 
 _LEAVE = "nothing, if the output's width is the task's; otherwise add a head."
 _BEHIND = "put a linear layer between these channels and the op, or leave them."
@@ -18,6 +18,8 @@ _MISSED = "report the model: its analysis misses an op."
 _REMEDIES = {
     "they reach the model's output": _LEAVE,
     "no layer consumes them": _LEAVE,
+    "they only meet in a product": "leave them; if these are queries and keys of one head, let one "
+    "linear layer write all heads, seen as (heads, size), and a rule otp.Heads takes whole heads.",
     "they meet numbers that stay": "replace what is filled up or constant, such as a shortcut "
     "padded with zeros, by a 1x1 convolution or a linear layer.",
     "they meet a tensor that does not follow": "make the other operand a parameter or a layer's "
@@ -47,12 +49,14 @@ _REMEDIES = {
     "a norm takes all of them together": "normalise each channel by itself, as a batch-norm does, "
     "or cut all channels of the stream by a rule otp.Hidden.",
     "this op compares or adds up all of them": _BEHIND,
+    "no row of the example": "pass a larger example, so that every expert and branch gets a row.",
     "this op may mix channels": "write the op out in plain torch functions, or put a linear layer "
     "in front of it.",
     "all channels are tied into one unit": "nothing: removing it removes the layer.",
 }
 _ANYWHERE = {
     "are one tensor": "untie the weights.",
+    "is tied to read": "untie the weights: give the layer that reads them one of its own.",
     "model does not run": "write -1 or x.shape[..] where forward counts by a number of its own.",
     "outputs differ by": "where forward picks or writes channels by a number, as x[:, :4], let it "
     f"read that number off x.shape; otherwise {_MISSED}",
@@ -60,6 +64,10 @@ _ANYWHERE = {
     "did not run": "pass an example that reaches it, or remove it from the model.",
 }
 _LINE = re.compile(r"\(at (?P<line>\S+:\d+)\)$")
+_NORMED = re.compile(
+    r"outputs differ by .* at \S*?(layer_norm|rms_norm|mean|var|var_mean|std|std_mean)\b.*"
+    r"\(at (?P<line>\S+:\d+)\)$"
+)
 _PLACED = re.compile(r"^(?P<said>.*?) \(op (?P<op>\S+?)(?: at (?P<line>\S+:\d+))?\)$")
 # What torch calls inside of the layers that people write.
 _WORDS = {
@@ -123,6 +131,11 @@ def _word(op: str) -> str:
 
 
 def _fix(clause: str) -> str:
+    if found := _NORMED.search(clause):
+        return (
+            f"{found['line']} norms channels by hand: use nn.LayerNorm or nn.RMSNorm there, or "
+            "move the norm to a module of its own."
+        )
     for start, fix in _REMEDIES.items():
         if clause.startswith(start):
             return fix
@@ -170,4 +183,18 @@ def remedy(reasons: Iterable[str]) -> str:
     """
     fixes = dict.fromkeys(_obstacle(reason).fix for reason in reasons)
     final = [fix for fix in fixes if fix.startswith("nothing")]
-    return final[0] if final else " ".join(fixes)
+    return final[0] if final else advice(fixes)
+
+
+def advice(fixes: Iterable[str]) -> str:
+    """Put several changes into one sentence each; a cause that is known needs no report.
+
+    Args:
+        fixes: what would free the channels of one layer.
+
+    Returns:
+        all of them, without doubles and without a guess beside what is known.
+    """
+    every = list(dict.fromkeys(fixes))
+    known = [fix for fix in every if _MISSED not in fix]
+    return " ".join(known or every)

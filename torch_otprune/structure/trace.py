@@ -295,7 +295,15 @@ def _against(component: Component) -> set[str]:
     """Read the reasons, and whether anybody reads the channels at all."""
     if any(side == "in" for _, side in component.sides):
         return component.reasons
+    if component.twice and not component.reasons & {_ANSWER}:
+        names = " and ".join(map(repr, sorted(component.twice)))
+        return component.reasons | {f"{names} writes them and, transposed, is tied to read them"}
+    if component.inner:
+        return component.reasons | {"they only meet in a product of two activations"}
     return component.reasons | {"no layer consumes them before the model's output"}
+
+
+_ANSWER = "they reach the model's output"
 
 
 def _idle(model: nn.Module, notes: Probe) -> set[str]:

@@ -10,6 +10,8 @@ from torch_otprune.surgery.exchange import exchange_, gone
 from torch_otprune.surgery.lineage import Lineage
 from torch_otprune.surgery.oracle import compared, disagreement, gap, masked, stumbled
 from torch_otprune.surgery.reload import unlike_config
+from torch_otprune.surgery.thin import check_thinned, check_zeros, thinned
+from torch_otprune.surgery.trial import parts, told
 from torch_otprune.surgery.undo import Snapshot
 from torch_otprune.surgery.uniform import unsaid
 
@@ -20,6 +22,8 @@ __all__ = [
     "check_cuts",
     "check_plan",
     "check_slices",
+    "check_thinned",
+    "check_zeros",
     "compact_",
     "copied",
     "cut_",
@@ -31,10 +35,13 @@ __all__ = [
     "inscribe_",
     "masked",
     "merged",
+    "parts",
     "put_",
     "renamed",
     "stumbled",
     "take_out_",
+    "told",
+    "thinned",
     "tolerance",
     "unlike_config",
     "unsaid",

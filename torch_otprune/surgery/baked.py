@@ -18,7 +18,7 @@ __all__ = ["baked"]
 def baked(model: nn.Module, cuts: Sequence[Cut]) -> Iterator[str]:
     """Say which weights lose what computes them, as a spectral norm.
 
-    Costs a copy of the model where any weight that is cut is computed.
+    Costs the weights that are cut once more where any of them is computed.
 
     Args:
         model: the dense model.
@@ -30,7 +30,7 @@ def baked(model: nn.Module, cuts: Sequence[Cut]) -> Iterator[str]:
     touched = [(owner, name) for p in merged(cuts) for owner, name, _ in places(model, p)]
     if not any(is_computed(owner, name) for owner, name in touched):
         return
-    small = copied(model)
+    small = copied(model, shared=True)
     cut_(small, cuts)
     for path, module in small.named_modules():
         before = _chains(model.get_submodule(path)) if path else _chains(model)

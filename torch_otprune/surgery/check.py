@@ -16,6 +16,7 @@ from torch_otprune.structure.graph import Graph
 from torch_otprune.structure.trace import check
 from torch_otprune.surgery.cut import check_cuts
 from torch_otprune.surgery.exchange import check_drops
+from torch_otprune.surgery.thin import check_thinned
 
 __all__ = ["check_plan", "check_slices", "tolerance"]
 
@@ -43,6 +44,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     check_cuts(model, plan.cuts)
     check_drops(model, plan.drops)
     _check_lines(model, plan)
+    check_thinned(model, plan)
     found = fingerprint(model)
     if found != plan.fingerprint:
         raise PlanError(

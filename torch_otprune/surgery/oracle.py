@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch_otprune.plan.model import Cut, Drop, Slice
 from torch_otprune.structure.forward import evaluating, failing_line, first_line, flat_tensors, run
 from torch_otprune.structure.layers import bare, is_token_norm
 from torch_otprune.structure.mute import muted
+from torch_otprune.surgery.check import tolerance
 from torch_otprune.surgery.copied import copied
 from torch_otprune.surgery.cut import cut_, merged, places, set_
 from torch_otprune.surgery.exchange import STAND_INS, exchange_
 from torch_otprune.surgery.experts import is_mixture, routed
+from torch_otprune.surgery.locate import Compared, Recorded, inside, watched
 from torch_otprune.surgery.parametrised import held
 
 __all__ = ["compared", "disagreement", "gap", "masked", "stumbled"]
@@ -77,6 +80,8 @@ def masked(
 
 
 def _silenced(model: nn.Module, pieces: Sequence[Slice]) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Make one masked tensor of each that is cut, however many cuts it has."""
+    made: dict[tuple[nn.Module, str], Tensor] = {}
     for piece in pieces:
         for owner, name, axis in places(model, piece):
             weight = getattr(owner, name).detach()
@@ -85,7 +90,10 @@ def _silenced(model: nn.Module, pieces: Sequence[Slice]) -> Iterator[tuple[nn.Mo
             shape = [1] * weight.dim()
             shape[axis] = weight.shape[axis]
             # a filter of a grouped convolution reads the same place of every group
-            yield owner, name, weight * mask[: weight.shape[axis]].to(weight).view(shape)
+            mask = mask[: weight.shape[axis]].to(weight).view(shape)
+            done = made.get((owner, name))
+            made[owner, name] = weight * mask if done is None else done.mul_(mask)
+    yield from ((owner, name, value) for (owner, name), value in made.items())
 
 
 def _norms(model: nn.Module, pieces: Sequence[Slice]) -> dict[str, Slice]:
@@ -152,7 +160,7 @@ def disagreement(
 ) -> float:
     """Cut a copy and compare it with the masked original on an example.
 
-    Costs one copy of the model and two forward passes.
+    Costs two forward passes, and what `trial.need` says beside the model.
 
     Args:
         model: the dense model; left as it was.
@@ -172,6 +180,9 @@ def compared(
 ) -> tuple[float, str]:
     """Measure the disagreement, and say what it is.
 
+    Where a single decision disagrees, the first op that does is named: two passes more, and the
+    activations of one of them.
+
     Args:
         model: the dense model; left as it was.
         cuts: a plan's decisions.
@@ -181,64 +192,106 @@ def compared(
     Returns:
         as `disagreement`, and one clause.
     """
-    small = copied(model)
+    small = copied(model, shared=True)
     cut_(small, cuts)
     exchange_(small, drops)
-    far, said = _compared(model, cuts, small, example, drops)
+    pair = _Pair(model, small, cuts, drops, example)
+    far, said = pair.compared()
     if far <= _EXACT and any(map(is_mixture, cuts)):
-        far, said = _compared(model, cuts, small, example, drops, drawn=True)
+        pair = _Pair(model, small, cuts, drops, example, drawn=True)
+        far, said = pair.compared()
         said += ", with logits that reach every expert"
     return far, said
 
 
-def _compared(
-    model: nn.Module,
-    cuts: Sequence[Cut],
-    small: nn.Module,
-    example: Any,
-    drops: Sequence[Drop],
-    *,
-    drawn: bool = False,
-) -> tuple[float, str]:
-    with evaluating(model), torch.no_grad():
-        expected = _expected(model, cuts, small, example, drops, drawn=drawn)
-        try:
-            with evaluating(small), routed(small, cuts, cut=True, drawn=drawn):
-                got = flat_tensors(run(small, example))
-        except _FAILS as error:
-            said = f"without it the model does not run: {_clause(small, error)}"
-            return float("inf"), said
-    if [t.shape for t in expected] != [t.shape for t in got]:
-        few, many = len(got), len(expected)
-        change = "tensors of other shapes" if few == many else f"{few} tensors instead of {many}"
-        return float("inf"), f"without it the model returns {change}"
-    far = gap(expected, got)
-    if far > _EXACT:  # units may meet one another before any consumer
-        with evaluating(model), torch.no_grad():
-            silent = _expected(model, cuts, small, example, drops, drawn=drawn, sides=("in", "out"))
-        far = min(far, gap(silent, got))
-    return far, f"cut and masked outputs differ by {far:.1e} of the largest output"
-
-
 _EXACT = 1e-6
+_SIDES: tuple[tuple[str, ...], ...] = ("in",), ("in", "out")
 
 
-def _expected(
-    model: nn.Module,
-    cuts: Sequence[Cut],
-    small: nn.Module,
-    example: Any,
-    drops: Sequence[Drop],
-    *,
-    drawn: bool,
-    sides: Collection[str] = ("in",),
-) -> list[Tensor]:
-    with (
-        masked(model, cuts, small, sides=sides),
-        muted(model, [drop.swaps[0] for drop in drops]),
-        routed(model, cuts, cut=False, drawn=drawn),  # last: finds the weights that are masked
-    ):
-        return flat_tensors(run(model, example))
+@dataclass(frozen=True)
+class _Pair:
+    """A dense model, what was cut of it, and an example for both."""
+
+    model: nn.Module
+    small: nn.Module
+    cuts: Sequence[Cut]
+    drops: Sequence[Drop]
+    example: Any
+    drawn: bool = False
+
+    def compared(self) -> tuple[float, str]:
+        expected = self._expected()
+        try:
+            got = self._got()
+        except _FAILS as error:
+            said = f"without it the model does not run: {_clause(self.small, error)}"
+            return float("inf"), said if failing_line(error) else said + self._failing()
+        if [t.shape for t in expected] != [t.shape for t in got]:
+            return float("inf"), f"without it the model returns {_change(expected, got)}"
+        far, sides = gap(expected, got), _SIDES[0]
+        if far > _EXACT:  # units may meet one another before any consumer
+            silent = gap(self._expected(_SIDES[1]), got)
+            far, sides = (silent, _SIDES[1]) if silent < far else (far, sides)
+        said = f"cut and masked outputs differ by {far:.1e} of the largest output"
+        where = self._first(sides) if self._single() and far > tolerance(self.model) else ""
+        return far, ", ".join(filter(None, (said, where)))
+
+    def _expected(
+        self,
+        sides: Collection[str] = _SIDES[0],
+        watch: AbstractContextManager[Any] | None = None,
+    ) -> list[Tensor]:
+        with (
+            evaluating(self.model),
+            torch.no_grad(),
+            masked(self.model, self.cuts, self.small, sides=sides),
+            muted(self.model, [drop.swaps[0] for drop in self.drops]),
+            # behind the masks, as it looks for the weights that are masked
+            routed(self.model, self.cuts, cut=False, drawn=self.drawn),
+            watch or nullcontext(),
+        ):
+            return flat_tensors(run(self.model, self.example))
+
+    def _got(self, watch: AbstractContextManager[Any] | None = None) -> list[Tensor]:
+        with (
+            evaluating(self.small),
+            torch.no_grad(),
+            routed(self.small, self.cuts, cut=True, drawn=self.drawn),
+            watch or nullcontext(),
+        ):
+            return flat_tensors(run(self.small, self.example))
+
+    def _single(self) -> bool:
+        return len(self.cuts) + len(self.drops) == 1
+
+    def _first(self, sides: Collection[str]) -> str:
+        """Name the first op that differs; what only masks or mutes is no op of the model."""
+        norms = _norms(self.model, merged(self.cuts))
+        swaps = (swap.path for drop in self.drops for swap in drop.swaps)
+        skip, seen = {*norms, *swaps}, Recorded()
+        self._got(watched(self.small, seen, skip=skip))
+        found = Compared(seen, self.cuts, tolerance(self.model))
+        self._expected(sides, watched(self.model, found, skip=skip))
+        return found.first()
+
+    def _failing(self) -> str:
+        """Name the module that was running when the cut model failed; for want of a line."""
+        if not self._single():
+            return ""
+        with inside(self.small) as running:
+            try:
+                self._got()
+            except _FAILS:
+                return f", in '{running[-1]}'" if running[-1] else ""
+        return ""  # it fails on a shortcut that hooks close
+
+
+def _change(expected: Sequence[Tensor], got: Sequence[Tensor]) -> str:
+    few, many = len(got), len(expected)
+    if few != many:
+        return f"{few} tensors instead of {many}"
+    old, new = next((a, b) for a, b in zip(expected, got, strict=True) if a.shape != b.shape)
+    return f"tensors of other shapes, such as {tuple(new.shape)} instead of {tuple(old.shape)}"
 
 
 def stumbled(model: nn.Module, error: BaseException) -> str:

@@ -15,6 +15,7 @@ from torch_otprune.transport.facility import FacilityLocation, facility_location
 from torch_otprune.transport.flowtree import Flowtree, candidates, flowtree
 from torch_otprune.transport.gaussian import GaussianMap, gaussian, gaussian_points
 from torch_otprune.transport.line import pairwise_1d, quantiles, wasserstein_1d
+from torch_otprune.transport.pivoted import Pivots, pivoted_cholesky
 from torch_otprune.transport.reduce import principal
 from torch_otprune.transport.sliced import (
     MaxSliced,
@@ -23,8 +24,10 @@ from torch_otprune.transport.sliced import (
     sliced_features,
     sliced_kernel,
 )
+from torch_otprune.transport.sparse import SparseFacility, facility_location_sparse
 from torch_otprune.transport.swaps import improve, lower_bound
 from torch_otprune.transport.topk import soft_topk
+from torch_otprune.transport.wide import Neighbours, nearest
 
 __all__ = [
     "Coupling",
@@ -34,6 +37,9 @@ __all__ = [
     "Flowtree",
     "GaussianMap",
     "MaxSliced",
+    "Neighbours",
+    "Pivots",
+    "SparseFacility",
     "assignment",
     "barycenter_1d",
     "barycenter_gaussian",
@@ -47,6 +53,7 @@ __all__ = [
     "estimate",
     "explain",
     "facility_location",
+    "facility_location_sparse",
     "flowtree",
     "gaussian",
     "gaussian_points",
@@ -54,8 +61,10 @@ __all__ = [
     "improve",
     "lower_bound",
     "max_sliced",
+    "nearest",
     "paired_distance",
     "pairwise_1d",
+    "pivoted_cholesky",
     "principal",
     "quantiles",
     "sliced",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,11 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_otprune.transport.checks import finite, positive, refuse
+from torch_otprune.transport.threshold import fill_, threshold
 
 __all__ = ["soft_topk"]
-
-CHUNK = 2**16  # fits the cache: every pass of the root search reads memory once
-SAMPLE = 100_000
 
 
 def soft_topk(
@@ -75,8 +72,13 @@ class _SoftTopK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, k: float, eps: float, costs: Tensor | None) -> Tensor:
-        threshold = _threshold(scores.detach(), k, eps, costs)
-        mask = (scores - threshold).div_(eps).sigmoid_()
+        found = threshold([scores], k, eps=eps, costs=None if costs is None else [costs])
+        mask = fill_(
+            torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
+            scores,
+            found.at,
+            eps,
+        )
         ctx.save_for_backward(mask, *([] if costs is None else [costs]))
         ctx.eps = eps
         return mask
@@ -91,45 +93,3 @@ class _SoftTopK(torch.autograd.Function):
         mean = (slope * grads[0]).double().sum() / total if total > 0 else total
         back = slope * grads[0] - paid * mean.to(slope)
         return back / ctx.eps, None, None, None
-
-
-def _threshold(scores: Tensor, k: float, eps: float, costs: Tensor | None) -> float:
-    """Find t with sum(costs x logistic((scores - t) / eps)) = k by safeguarded Newton steps."""
-    flat = scores.reshape(-1)
-    paid = None if costs is None else costs.reshape(-1)
-    total = float(flat.numel() if paid is None else paid.sum(dtype=torch.float64))
-    spread = eps * (math.log(k) - math.log(max(total - k, 1e-300)))
-    low, high = (float(end) - spread for end in flat.aminmax())
-    t = _start(flat, paid, k / total, eps, (low + high) / 2)
-    # The threshold is rounded to the scores' precision, and so is the budget it can meet.
-    unit = torch.finfo(flat.dtype).eps
-    for _ in range(100):
-        value, slope = _budget(flat, paid, t, eps)
-        low, high = (t, high) if value > k else (low, t)
-        if abs(value - k) <= unit * total or high - low <= unit * max(abs(low), abs(high)):
-            break
-        step = t + (value - k) / slope if slope > 0 else low - 1
-        t = step if low < step < high else (low + high) / 2
-    return t
-
-
-def _start(flat: Tensor, costs: Tensor | None, share: float, eps: float, middle: float) -> float:
-    """Start where a hundredth of the entries would meet its own budget."""
-    if flat.numel() < 10 * SAMPLE:
-        return middle
-    stride = flat.numel() // SAMPLE
-    some = flat[::stride].contiguous()
-    paid = None if costs is None else costs[::stride].contiguous()
-    total = float(some.numel() if paid is None else paid.sum(dtype=torch.float64))
-    return _threshold(some, share * total, eps, paid)
-
-
-def _budget(flat: Tensor, costs: Tensor | None, t: float, eps: float) -> tuple[float, float]:
-    """Return the budget spent at threshold t, and minus its derivative, summed in float64."""
-    value = slope = 0.0
-    for i in range(0, len(flat), CHUNK):
-        mask = (flat[i : i + CHUNK] - t).div_(eps).sigmoid_()
-        paid = mask if costs is None else mask * costs[i : i + CHUNK]
-        value += float(paid.sum(dtype=torch.float64))
-        slope += float((paid - paid * mask).sum(dtype=torch.float64))
-    return value, slope / eps

@@ -9,6 +9,7 @@ from torch_otprune.criteria.layers.base import (
     register,
 )
 from torch_otprune.criteria.layers.block_influence import BlockInfluence
+from torch_otprune.criteria.layers.dtp import DTP
 from torch_otprune.criteria.layers.easier import Easier
 from torch_otprune.criteria.layers.entropy import Entropy
 from torch_otprune.criteria.layers.gaussian import Gaussian
@@ -22,6 +23,7 @@ from torch_otprune.criteria.layers.tlc import TLC
 from torch_otprune.criteria.layers.transport import Transport
 
 __all__ = [
+    "DTP",
     "TLC",
     "Angular",
     "BlockInfluence",

@@ -26,6 +26,7 @@ class LayerCriterion(Setting, ABC):
     """Rank the blocks of a chain. A subclass is one file: settings, limits, source, algorithm."""
 
     needs: ClassVar[frozenset[LayerNeed]] = frozenset({"points"})
+    learns: ClassVar[bool] = False  # whether masks are trained while the policy is attached
     priced: ClassVar[bool] = False  # whether costs are shares of the network's squared output
 
     def following(self, replacement: str) -> LayerCriterion:

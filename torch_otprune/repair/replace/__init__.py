@@ -6,16 +6,24 @@ from torch_otprune.repair.replace.base import Fitted
 from torch_otprune.repair.replace.bures import Bures
 from torch_otprune.repair.replace.identity import Identity
 from torch_otprune.repair.replace.low_rank import LowRank
+from torch_otprune.repair.replace.mapped import Mapped
+from torch_otprune.repair.replace.monge_map import MongeMap
 from torch_otprune.repair.replace.scale import Scale
+from torch_otprune.repair.replace.sparse_map import SparseMap
+from torch_otprune.repair.replace.transport_map import AnyMap
 
 __all__ = [
     "Affine",
+    "AnyMap",
     "Bures",
     "Fitted",
     "Identity",
     "LowRank",
+    "Mapped",
+    "MongeMap",
     "Replacement",
     "Scale",
+    "SparseMap",
     "left_to_repair",
     "register",
 ]

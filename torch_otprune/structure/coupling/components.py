@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -22,7 +22,7 @@ from torch_otprune.structure.coupling.asked import Asked
 from torch_otprune.structure.coupling.fields import compact, core, varying
 from torch_otprune.structure.coupling.forest import KEPT
 from torch_otprune.structure.coupling.ledger import Ledger, Role, parametrised
-from torch_otprune.structure.coupling.rules import Named, Rule, flat, unknown
+from torch_otprune.structure.coupling.rules import Named, Rule, flat, tensors, unknown
 from torch_otprune.structure.coupling.steps import tie_steps
 from torch_otprune.structure.coupling.table import rule_of
 from torch_otprune.structure.coupling.writes import seen, written
@@ -62,6 +62,8 @@ class Component:
         reasons: why they cannot go; empty where they can. That a norm takes them is none.
         kinds: of the objections.
         head: whether they are the channels of whole heads.
+        inner: whether two activations are multiplied along them.
+        twice: weights that write them and, transposed, read them.
         least: how many of them an op chooses at once.
         roots: one label for each set.
     """
@@ -70,6 +72,8 @@ class Component:
     reasons: set[str] = field(default_factory=set)
     kinds: set[str] = field(default_factory=set)
     head: bool = False
+    inner: bool = False
+    twice: set[str] = field(default_factory=set)
     least: int = 0
     roots: Places = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
@@ -149,18 +153,17 @@ def _is_bare(module: nn.Module) -> bool:
     return isinstance(module, NORMS) and not any(True for _ in module.state_dict())
 
 
-def _on_cpu() -> AbstractContextManager[Any]:
-    """Make labels on the CPU, whatever the default; where it is that, a mode would cost time."""
-    plain = torch.get_default_device().type == "cpu"
-    return nullcontext() if plain else torch.device("cpu")
-
-
 class _Watch(TorchDispatchMode):
     """Carry labels along with every op."""
 
     def __init__(self, ledger: Ledger, tally: Tally) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger, self.tally = ledger, tally
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No wrapper around every op: a compiled model is refused before it gets here."""
+        return False
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -169,22 +172,21 @@ class _Watch(TorchDispatchMode):
         if out is not NotImplemented:
             return out
         out = function(*args, **(kwargs or {}))
-        made = list(flat(out))
-        if not made and not _written(function):
-            return out
-        ledger, name = self.ledger, function.overloadpacket.__name__
-        ledger.op = name.strip("_")
-        given = _named(function, args, kwargs or {})
-        with _on_cpu():
-            seen(ledger, list(flat(given)))
-            if self.tally.listening:
-                self.tally.note(function, given, out, ledger.told)
-            before = [(t, ledger.fact(t)) for t in _targets(function, given)]
-            self._follow(function, given, out)
-            for tensor, fact in before:
-                written(ledger, tensor, fact)
-        ledger.near.clear()
+        if isinstance(out, Tensor) or _written(function) or any(True for _ in flat(out)):
+            self._note(function, _named(function, args, kwargs or {}), out)
         return out
+
+    def _note(self, function: Any, given: Named, out: Any) -> None:
+        ledger = self.ledger
+        ledger.op = function.overloadpacket.__name__.strip("_")
+        seen(ledger, tensors(given))
+        if self.tally.listening:
+            self.tally.note(function, given, out, ledger.told)
+        before = [(t, ledger.fact(t)) for t in _targets(function, given)]
+        self._follow(function, given, out)
+        for tensor, fact in before:
+            written(ledger, tensor, fact)
+        ledger.near.clear()
 
     def _follow(self, function: Any, given: Named, out: Any) -> None:
         try:
@@ -232,9 +234,13 @@ def _square(ledger: Ledger) -> None:
             ledger.tie(labels, [axis for axis in varying(labels) if axis != free])
     again = True
     while again:
-        again = False
+        again, known = False, set[tuple[tuple[int, ...], bytes]]()
         for sheet in ledger.sheets:
             labels = ledger.forest.roots(sheet)
+            drawn = tuple(labels.shape), labels.numpy().tobytes()
+            if drawn in known:
+                continue
+            known.add(drawn)
             vary = [axis for axis in varying(compact(labels)) if _differ(labels, axis)]
             if len(vary) < 2:
                 continue
@@ -291,6 +297,13 @@ def _objected(ledger: Ledger, made: list[Component], whose: Places) -> None:
     for labels in ledger.heads:
         for component in met(labels[labels >= 0]):
             component.head = True
+    for labels in ledger.inner:
+        for component in met(labels[labels >= 0]):
+            component.inner = True
+    for (name, axis), roles in ledger.roles.items():
+        both = ledger.labels(name, axis) if name and roles >= {"out", "in"} else None
+        for component in met(both) if both is not None else ():
+            component.twice.add(name)
     for labels, count in ledger.chosen:
         for component in met(labels[labels >= 0]):
             sets = len(next(iter(component.sides.values())))

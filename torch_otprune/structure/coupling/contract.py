@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -113,7 +115,10 @@ def _sum(
     whole: list[bool],
 ) -> None:
     """Join both sides of the summed axis."""
+    single = [_outer(ledger, single[0], single[1]), _outer(ledger, single[1], single[0])]
     both = [*single[0], *single[1]]
+    if single[0] and single[1] and all(ledger.fact(t).source == "data" for t in operands):
+        ledger.inner += both[:1]
     for labels in both[1:]:
         ledger.join(both[0], labels)
     if both and not (single[0] and single[1]):
@@ -122,6 +127,23 @@ def _sum(
             ledger.tie(compact(both[0]), [0])
         elif ledger.fact(other).source != "filler":
             ledger.object(both[0], "fixed", _STIFF)
+
+
+def _outer(ledger: Ledger, mine: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    """Of heads and their dimensions on one axis of a weight, take those that it meets."""
+    if len(mine) == 1 or len(others) != 1:
+        return mine
+    asked = _steps(others[0])
+    fits = [labels for labels in mine if np.array_equal(_steps(labels), asked)]
+    for labels in mine if len(fits) == 1 else ():
+        if labels is not fits[0]:
+            ledger.object(labels, "mix", "every head reads them")
+    return fits if len(fits) == 1 else mine
+
+
+def _steps(labels: Tensor) -> npt.NDArray[np.bool_]:
+    found: npt.NDArray[np.bool_] = np.diff(labels.numpy()) != 0
+    return found
 
 
 def convolution(ledger: Ledger, op: Any, given: Any, out: Tensor) -> None:

@@ -8,6 +8,7 @@ that moves numbers can be carried out on the field itself.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,14 @@ __all__ = ["compact", "core", "spread", "varying"]
 
 def varying(field: Tensor) -> tuple[int, ...]:
     """List the axes along which a compact field varies."""
-    pairs = zip(field.shape, field.stride(), strict=True)
-    return tuple([d for d, (size, step) in enumerate(pairs) if size > 1 and step])
+    return _varying(field.shape, field.stride())
+
+
+@lru_cache(4096)
+def _varying(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+    """A model has many tensors, and few shapes."""
+    pairs = zip(shape, strides, strict=True)
+    return tuple(d for d, (size, step) in enumerate(pairs) if size > 1 and step)
 
 
 def core(field: Tensor) -> Tensor:
@@ -28,8 +35,12 @@ def core(field: Tensor) -> Tensor:
     strides = field.stride()
     if 0 not in strides:
         return field
-    sizes = [n if s else min(n, 1) for n, s in zip(field.shape, strides, strict=True)]
-    return field.as_strided(sizes, strides)
+    return field.as_strided(_stored(field.shape, strides), strides)
+
+
+@lru_cache(4096)
+def _stored(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n if s else 1 for n, s in zip(shape, strides, strict=True))
 
 
 def compact(field: Tensor) -> Tensor:

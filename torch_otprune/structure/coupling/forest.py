@@ -91,9 +91,9 @@ class Forest:
             a, b = self._named(a), self._named(b)
             apart = a != b
             a, b = a[apart], b[apart]
-            if len(a):  # of several wishes for one root one wins; the others come round again
+            if len(a):  # of several wishes for one root the lowest wins; others come round again
                 joined = True
-                self.parent[np.maximum(a, b)] = np.minimum(a, b)
+                np.minimum.at(self.parent, np.maximum(a, b), np.minimum(a, b))
         return joined
 
     def object(self, labels: Tensor, kind: str, said: str) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from torch_otprune.structure.coupling.fields import compact, core, varying
 from torch_otprune.structure.coupling.forest import KEPT, Forest
+from torch_otprune.structure.coupling.known import Known, Shared
+from torch_otprune.structure.forward import run
+from torch_otprune.structure.lines import blamed
 
 __all__ = ["Axis", "Fact", "Ledger", "Role"]
 
@@ -52,8 +54,8 @@ class Ledger:
 
     def __init__(self, leaves: Iterable[tuple[str, Tensor]]) -> None:
         self.forest = Forest()
-        self.facts = WeakTensorKeyDictionary()
-        self.alone = WeakTensorKeyDictionary()  # single channels: whence, if anybody uses them
+        self.facts = Known[Fact]()
+        self.alone = Known[Tensor]()  # single channels: whence, if anybody uses them
         self.near: dict[int, Fact] = {}  # of tensors that are alive while one op is followed
         self.names: dict[int, str] = {}
         self.leaves: dict[str, Tensor] = {}
@@ -68,8 +70,9 @@ class Ledger:
         self.sheets: list[Tensor] = []
         self.asks: list[tuple[Tensor, int]] = []
         self.heads: list[Tensor] = []
+        self.inner: list[Tensor] = []
         self.chosen: list[tuple[Tensor, int]] = []
-        self.storages: dict[int, Any] = defaultdict(WeakTensorKeyDictionary)
+        self.memory = Shared()
         self.marks: dict[str, Tensor] = {}
         self.op = ""
 
@@ -155,15 +158,14 @@ class Ledger:
     def note(self, tensor: Tensor, fact: Fact) -> None:
         """Write down what is known of a tensor."""
         self.facts[tensor] = self.near[id(tensor)] = fact
-        self.storages[tensor.untyped_storage()._cdata][tensor] = None
+        self.memory.add(tensor)
         for field in fact.fields:
             if len(varying(field)) > 1:
                 self.sheets.append(core(field).squeeze())
 
     def mates(self, tensor: Tensor) -> list[Tensor]:
         """List the other tensors that look at the same memory."""
-        found = self.storages[tensor.untyped_storage()._cdata]
-        return [mate for mate in list(found) if mate is not tensor]
+        return self.memory.mates(tensor)
 
     def put(self, tensor: Any, fields: Iterable[Tensor], source: Source = "data") -> None:
         """Write down an op's output.
@@ -263,9 +265,10 @@ class Ledger:
             second: int64, the same shape.
         """
         self.forest.union(first, second)
-        alone = ((first == KEPT) != (second == KEPT)).nonzero(as_tuple=True)
-        if len(alone[0]):
-            both = torch.maximum(first[alone], second[alone])
+        a, b = first.numpy(), second.numpy()
+        alone = (a < 0) != (b < 0)
+        if alone.any():
+            both = torch.from_numpy(np.maximum(a, b)[alone])
             self.object(both, "fixed", "they meet numbers that stay")
 
     def without(self, field: Tensor, axes: Sequence[int], kind: str, said: str) -> Tensor | None:
@@ -294,13 +297,18 @@ _PASSED = {"torch", "torch_otprune", "contextlib", "jaxtyping", "beartype"}  # n
 
 def _line() -> str:
     """Find the line of the user's code that is running."""
-    frame: Any = sys._getframe(1)
+    return blamed(_frames(sys._getframe(1)))
+
+
+def _frames(frame: Any) -> Iterator[tuple[str, str, int]]:
+    """Yield what led from the call of the model to an op, the innermost first."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
+        if module == run.__module__:
+            return
         if module.split(".")[0] not in _PASSED:
-            return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+            yield frame.f_code.co_filename.replace("\\", "/"), frame.f_code.co_name, frame.f_lineno
         frame = frame.f_back
-    return ""
 
 
 def parametrised(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_otprune.structure.coupling.fields import core, spread, varying
+from torch_otprune.structure.coupling.fields import compact, core, spread, varying
 from torch_otprune.structure.coupling.ledger import Ledger
 from torch_otprune.structure.coupling.rules import Named, flat, unknown
 
-__all__ = ["embedding", "lookup", "scatter"]
+__all__ = ["embedding", "lookup", "pack", "scatter", "unpack"]
 
 
 def embedding(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
@@ -57,9 +57,26 @@ def lookup(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
 
 
 def _picked(op: Any, field: Tensor, given: Named) -> Tensor:
-    others = {k: v for k, v in given.items() if k != "self"}
-    picked: Tensor = op(field, **_on_cpu(others))
-    return picked
+    others = _on_cpu({k: v for k, v in given.items() if k != "self"})
+    picked: Tensor = op(field, **others)
+    if picked.numel() or not field.numel():
+        return picked
+    # no row, as of an expert that no token asked for: labelled as one row would be
+    one: Tensor = op(field, **_one(others))
+    return spread(core(compact(one)), picked.shape)
+
+
+def _one(tree: Any) -> Any:
+    """Let what picks nothing pick the first place."""
+    if isinstance(tree, Tensor) and tree.dtype == torch.bool and not tree.any():
+        mask = torch.zeros_like(tree).flatten()
+        mask[:1] = True
+        return mask.view(tree.shape)
+    if isinstance(tree, Tensor) and not tree.numel():
+        return tree.new_zeros([max(size, 1) for size in tree.shape])
+    if isinstance(tree, dict):
+        return {key: _one(value) for key, value in tree.items()}
+    return [_one(v) for v in tree] if isinstance(tree, (tuple, list)) else tree
 
 
 def _on_cpu(tree: Any) -> Any:
@@ -97,3 +114,24 @@ def scatter(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
     for field in told[1:]:
         ledger.join(*torch.broadcast_tensors(core(slots[0]), core(field)))
     ledger.put(out, slots, ledger.source([t for t in (x, source) if isinstance(t, Tensor)]))
+
+
+def pack(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """Texts of several lengths, laid end to end: steps become rows, features stay the last axis."""
+    _laid(ledger, given["input"], (0, 1), next(flat(out)))
+
+
+def unpack(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
+    """The same back again; what fills up short texts is nobody's."""
+    _laid(ledger, given["data"], (0,), next(flat(out)))
+
+
+def _laid(ledger: Ledger, x: Tensor, axes: tuple[int, ...], made: Tensor) -> None:
+    """Carry what varies along the features; steps and texts are places."""
+    fields = []
+    for field in ledger.fact(x).fields:
+        rest = ledger.without(field, axes, "mix", "their positions are mixed")
+        if rest is not None:
+            kept = core(rest)[tuple(0 for _ in axes)]
+            fields.append(spread(kept, made.shape))
+    ledger.put(made, fields, ledger.fact(x).source)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from torch_otprune.structure.coupling.contract import contract, own
 from torch_otprune.structure.coupling.fields import compact, core, spread, varying
-from torch_otprune.structure.coupling.forest import KEPT
 from torch_otprune.structure.coupling.ledger import Fact, Ledger
 from torch_otprune.structure.coupling.moves import alone, held
 
@@ -18,7 +17,6 @@ __all__ = [
     "Named",
     "Rule",
     "attention",
-    "cat",
     "filler",
     "flat",
     "glu",
@@ -27,8 +25,10 @@ __all__ = [
     "meet",
     "move",
     "pad",
+    "place",
     "pointwise",
     "sequence",
+    "tensors",
     "unknown",
 ]
 
@@ -55,11 +55,34 @@ def flat(tree: Any) -> Iterator[Tensor]:
             yield from flat(value)
 
 
+def tensors(given: Named) -> list[Tensor]:
+    """List the tensors among an op's arguments; most are there as they are."""
+    found: list[Tensor] = []
+    for value in given.values():
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list, Mapping)):
+            found += flat(value)
+    return found
+
+
 def pointwise(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
     """Numbers at one place of all operands belong together."""
-    operands = [t for t in flat(given) if t.numel() != 1 or t.dim()]
+    operands = [t for t in tensors(given) if t.numel() != 1 or t.dim()]
     for made in flat(out):
+        if len(operands) == 1 and _alone(ledger, operands[0], made):
+            continue
         meet(ledger, operands, made)
+
+
+def _alone(ledger: Ledger, operand: Tensor, out: Tensor) -> bool:
+    """Carry one field, or none, as it is: a single operand of the same shape meets nobody."""
+    fact = ledger.fact(operand)
+    plain = len(fact.fields) <= 1 and out.shape == operand.shape
+    if plain:
+        source = ledger.source([operand]) if fact.source == "table" else ledger.computed([operand])
+        ledger.put(out, fact.fields, source)
+    return plain
 
 
 def meet(ledger: Ledger, operands: Sequence[Tensor], out: Tensor, *, role: str = "through") -> None:
@@ -69,7 +92,7 @@ def meet(ledger: Ledger, operands: Sequence[Tensor], out: Tensor, *, role: str =
     for number, fact in enumerate(facts):
         for field in fact.fields:
             wide = spread(field, shape)
-            _place(slots, (number, wide))
+            place(slots, (number, wide))
     told = []
     for axes, members in slots:
         told.append(_merge(ledger, operands, shape, axes, members))
@@ -82,7 +105,7 @@ def meet(ledger: Ledger, operands: Sequence[Tensor], out: Tensor, *, role: str =
     ledger.put(out, [f for f in told if f is not None], source)
 
 
-def _place(
+def place(
     slots: list[tuple[set[int], list[tuple[int, Tensor]]]],
     item: tuple[int, Tensor],
     *,
@@ -141,13 +164,16 @@ def _merge(
 
 def _adopt(ledger: Ledger, operand: Tensor, field: Tensor) -> None:
     """Let a constant follow what it met first: whoever meets it next goes with that."""
-    kept, fact = core(field), ledger.fact(operand)
+    fact = ledger.fact(operand)
+    if fact.source != "filler":
+        return
+    kept = core(field)
     while kept.dim() > operand.dim() and kept.shape[0] == 1:
         kept = kept[0]
     fits = kept.dim() == operand.dim() and all(
         n in (1, m) for n, m in zip(kept.shape, operand.shape, strict=True)
     )
-    if fact.source == "filler" and fits:
+    if fits:
         mine = compact(kept.expand(operand.shape))
         others = [f for f in fact.fields if not set(varying(f)) & set(varying(mine))]
         ledger.note(operand, Fact((*others, mine), "filler"))
@@ -256,61 +282,6 @@ def pad(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
     ledger.put(out, fields, ledger.fact(x).source)
 
 
-def cat(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
-    """Labels side by side; a part without any stays."""
-    parts = [t for t in given["tensors"] if t.numel()]
-    axis = (given["dim"] or 0) % out.dim()
-    new = op.overloadpacket.__name__ == "stack"
-    slots: list[tuple[set[int], list[tuple[int, Tensor]]]] = []
-    for number, tensor in enumerate(parts):
-        fact = ledger.fact(tensor)
-        if fact.source == "filler" and not (new or fact.fields):
-            _place(slots, (number, _free(ledger, tensor, axis)), apart={axis})
-        for field in fact.fields:
-            _place(slots, (number, field.unsqueeze(axis) if new else field), apart={axis})
-    shapes = [p.unsqueeze(axis).shape if new else p.shape for p in parts]
-    free = {n for n, t in enumerate(parts) if ledger.fact(t).source == "filler"}
-    fields = [_abreast(ledger, members, shapes, axis, free) for _, members in slots]
-    ledger.put(out, fields, ledger.source(parts))
-
-
-def _free(ledger: Ledger, tensor: Tensor, axis: int) -> Tensor:
-    """Label a constant made in forward, as a first hidden state: it may follow what joins it."""
-    shape = [-1 if a == axis else 1 for a in range(tensor.dim())]
-    return spread(ledger.forest.grow(tensor.shape[axis]).view(shape), tensor.shape)
-
-
-def _abreast(
-    ledger: Ledger,
-    members: list[tuple[int, Tensor]],
-    shapes: list[torch.Size],
-    axis: int,
-    free: Collection[int],
-) -> Tensor:
-    """Write the labels of one slot beside one another; what runs along all parts is one."""
-    # constants made in forward, which are free, may follow along the other axes
-    each = [[f for n, f in members if n == number] for number in range(len(shapes))]
-    lines = [_united(ledger, fields, s) for fields, s in zip(each, shapes, strict=True)]
-    if any(axis in varying(line) for line in lines):
-        return torch.cat(lines, axis)
-    told = [core(line) for n, line in enumerate(lines) if each[n] or n not in free]
-    narrow = torch.broadcast_tensors(*told)
-    for line in narrow[1:]:
-        ledger.join(narrow[0], line)
-    shape = list(shapes[0])
-    shape[axis] = sum(s[axis] for s in shapes)
-    return spread(torch.stack(narrow).amax(0), shape)
-
-
-def _united(ledger: Ledger, fields: list[Tensor], shape: torch.Size) -> Tensor:
-    """Make one field of several; one of labels that stay where there is none."""
-    if not fields:
-        return compact(torch.full([1] * len(shape), KEPT, device="cpu").expand(shape))
-    for field in fields[1:]:
-        ledger.join(*torch.broadcast_tensors(core(fields[0]), core(field)))
-    return compact(torch.broadcast_tensors(*(core(f) for f in fields))[0].expand(shape))
-
-
 def matrix(spec: str) -> Rule:
     """Make the rule of a matrix product."""
 
@@ -388,8 +359,11 @@ def glu(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
 
 def unknown(ledger: Ledger, op: Any, given: Named, out: Any) -> None:
     """No rule: nothing that gets here can go."""
-    for tensor in flat(given):
+    operands = list(flat(given))
+    empty = any(not tensor.numel() for tensor in operands)
+    said = "no row of the example reaches this op" if empty else "this op may mix channels"
+    for tensor in operands:
         for field in ledger.fact(tensor).fields:
-            ledger.object(core(field), "unknown", "this op may mix channels")
+            ledger.object(core(field), "unknown", said)
     for made in flat(out):
         ledger.put(made, ())

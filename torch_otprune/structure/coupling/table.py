@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch_otprune.structure.coupling import lookups, mixing, moves, rules, writes
+from torch_otprune.structure.coupling import joins, lookups, mixing, moves, rules, writes
 from torch_otprune.structure.coupling.bilinear import grouped, trilinear
 from torch_otprune.structure.coupling.contract import convolution
 from torch_otprune.structure.coupling.mixing import chooses, mixes, routes
@@ -39,8 +39,8 @@ _TABLE: dict[str, Rule] = {
     "fill_": writes.fill,
     "zero_": writes.fill,
     "constant_pad_nd": rules.pad,
-    "cat": rules.cat,
-    "stack": rules.cat,
+    "cat": joins.cat,
+    "stack": joins.cat,
     "mm": matrix("mk,kn->mn"),
     "addmm": matrix("mk,kn->mn"),
     "bmm": matrix("bmk,bkn->bmn"),
@@ -63,6 +63,8 @@ _TABLE: dict[str, Rule] = {
     "scatter": lookups.scatter,
     "scatter_add": lookups.scatter,
     "glu": rules.glu,
+    "_pack_padded_sequence": lookups.pack,
+    "_pad_packed_sequence": lookups.unpack,
     "_trilinear": trilinear,
     "_grouped_mm": grouped,
     "_embedding_bag": lookups.embedding,

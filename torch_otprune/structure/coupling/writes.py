@@ -71,7 +71,7 @@ def seen(ledger: Ledger, tensors: Sequence[Tensor]) -> None:
             ledger.note(tensor, ledger.fact(tensor))
         else:
             ledger.near[id(tensor)] = found
-        if ledger.alone and (one := ledger.alone.pop(tensor, None)) is not None:
+        if ledger.alone and (one := ledger.alone.take(tensor)) is not None:
             ledger.object(one, "mix", "one of them is picked by its number")
 
 
@@ -173,7 +173,7 @@ def _over(mate: Tensor, tensor: Tensor, new: Tensor | None, was: Tensor | None) 
     places = torch.full((size,), KEPT, device="cpu")
     if was is not None:
         _window(places, mate).copy_(was)
-    _window(places, tensor).copy_(torch.tensor(KEPT) if new is None else new)
+    _window(places, tensor).copy_(torch.tensor(KEPT, device="cpu") if new is None else new)
     return compact(_window(places, mate).clone())
 
 

@@ -1,0 +1,46 @@
+"""What a model is as a function of its input, and has to stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from torch_otprune.policy.base import Declaration, problem, short
+
+__all__ = ["Lipschitz", "Preserve", "PreserveLike"]
+
+
+class Lipschitz(Declaration):
+    """A bound on the change of all outputs per change of the input, in Euclidean norm.
+
+    Example:
+        >>> Lipschitz(lipschitz=2.0)
+        Lipschitz(lipschitz=2.0)
+    """
+
+    lipschitz: float = Field(gt=0, allow_inf_nan=False, description="most that may be")
+
+
+_FIX = "write 'convex', 'monotone', or a bound such as {'lipschitz': 2.0}."
+
+
+def _promises(value: object) -> object:
+    """Read one as a list of one; say plainly what cannot be preserved."""
+    one = isinstance(value, (str, Mapping, Lipschitz))
+    entries = [value] if one or not isinstance(value, Iterable) else list(value)
+    for entry in entries:
+        named = isinstance(entry, str) and entry in ("convex", "monotone")
+        bound = isinstance(entry, Mapping) and [*entry] == ["lipschitz"]
+        if not (named or bound or isinstance(entry, Lipschitz)):
+            raise problem(f"{short(entry)} is nothing that can be preserved.", fix=_FIX)
+    return tuple(entries)
+
+
+PreserveLike = str | Mapping[str, float] | Lipschitz
+_Promise = Literal["convex", "monotone"] | Lipschitz
+Preserve = Annotated[
+    tuple[_Promise, ...],
+    BeforeValidator(_promises, json_schema_input_type=_Promise | tuple[_Promise, ...]),
+]

@@ -1,0 +1,218 @@
+"""Set single weights to zero, layer by layer, front to back, and fit what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_otprune.criteria.weights.base import Thinned, WeightCase, WeightCriterion
+from torch_otprune.errors import CalibrationError
+from torch_otprune.plan.model import Plan, Thinning
+from torch_otprune.plan.weights import weight_rules
+from torch_otprune.policy import Pattern
+from torch_otprune.repair.base import Patient
+from torch_otprune.repair.lockstep import Lockstep, Pause, Site
+from torch_otprune.repair.readings import Reading, Sums
+from torch_otprune.repair.rectified import rectified
+from torch_otprune.repair.zeros import LayerZeros
+from torch_otprune.statistics.reduce import all_sum_
+from torch_otprune.structure import batch_size
+from torch_otprune.structure.layers import tensor
+from torch_otprune.surgery.cut import put_
+from torch_otprune.surgery.thin import check_zeros, matrices, shaped
+
+__all__ = ["mask_", "samples", "sparsify_"]
+
+
+def sparsify_(patient: Patient, plan: Plan) -> tuple[LayerZeros, ...]:
+    """Set the weights that a plan asks for to zero.
+
+    Layers are taken in order of execution, so that one that is fitted to the inputs it has now
+    makes up for what is lost in front of it.
+
+    Args:
+        patient: the model to write, and a copy of it that stays as it is.
+        plan: how many weights stay in which layers.
+
+    Returns:
+        what was done to every layer, in that order.
+
+    Raises:
+        CalibrationError: if a layer has seen no data that its criterion needs, a score is NaN, or
+            no weight keeps a layer's answers within the radius declared for it.
+        VerificationError: if a layer has other zeros than the plan says.
+    """
+    worker = _Thinner(patient, plan)
+    for entry in plan.thinned:
+        if not worker.criterion(entry).needs:
+            worker.blind(entry)
+    sites = [patient.site(p) for p in patient.graph.order if p in worker.waiting]
+    if sites:
+        worker.look(sites)
+        with Lockstep(patient.dense, patient.small, patient.batches, sites) as walk:
+            walk.play(worker.mend)
+    check_zeros(patient.small, plan.thinned)
+    return tuple(worker.done[entry.layer] for entry in plan.thinned)
+
+
+def mask_(model: nn.Module, like: nn.Module, entries: Sequence[Thinning]) -> None:
+    """Give a model the zeros of another and nothing else.
+
+    Args:
+        model: to write.
+        like: of the same shapes.
+        entries: which layers.
+    """
+    for entry in entries:
+        module, other = (net.get_submodule(entry.layer) for net in (model, like))
+        weight = tensor(module, "weight")
+        put_(module, "weight", weight * (tensor(other, "weight") != 0).to(weight.device))
+
+
+def samples(batches: Sequence[Any]) -> int:
+    """Count the samples of all batches on all ranks."""
+    total = torch.tensor([float(sum(map(batch_size, batches)))], dtype=torch.float64, device="cpu")
+    all_sum_([total])
+    return int(total)
+
+
+@dataclass
+class _Thinner:
+    """The work at one layer after the other."""
+
+    patient: Patient
+    plan: Plan
+    rectified: frozenset[str] = frozenset()
+    done: dict[str, LayerZeros] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> dict[str, Thinning]:
+        """List the layers that are not done, by path."""
+        return {t.layer: t for t in self.plan.thinned if t.layer not in self.done}
+
+    def criterion(self, entry: Thinning) -> WeightCriterion:
+        """Find who chooses a layer's weights."""
+        found = weight_rules(self.plan.policy)[entry.rule].criterion
+        assert isinstance(found, WeightCriterion)
+        return found
+
+    def look(self, sites: Sequence[Site]) -> None:
+        """Find out what rectifiers let through, where a criterion makes use of that."""
+        wanted = [s for s in sites if "rows" in self.criterion(self.waiting[s.path]).needs]
+        if wanted:
+            few = self.patient.batches[0]
+            found = rectified(self.patient.dense, self.patient.small, wanted, few)
+            self.rectified = frozenset(p for p in found if self.patient.scale(p) is not None)
+
+    def blind(self, entry: Thinning) -> None:
+        """Thin a layer without looking at data."""
+        module = self.patient.small.get_submodule(entry.layer)
+        weight = matrices(module).double()
+        pattern = Pattern.read(entry.pattern)
+        case = WeightCase(entry.layer, weight, weight, None, None, entry.keep, pattern)
+        found = self.criterion(entry).thin(case)
+        put_(module, "weight", shaped(module, found.weight))
+        self.done[entry.layer] = _told(entry, found, mode="data-free", rows=0)
+
+    def mend(self, site: Site, pauses: list[tuple[Pause, Pause]]) -> None:
+        """Thin the layer at which both models stand."""
+        entry = self.waiting[site.path]
+        criterion = self.criterion(entry)
+        read = Reading(self.patient, site, pauses, criterion.reads)
+        fit, held = read.sums()
+        sums = fit.plus(held)
+        if not sums.count:
+            raise CalibrationError(
+                f"no calibration data reached '{site.path}'.",
+                where=f"criterion {criterion.kind}, Plan.thinned",
+                fix="calibrate on data that takes this way, or choose criterion='magnitude'.",
+            )
+        aim = read.weight
+        if criterion.reads == "cascade" and criterion.refits:
+            aim = read.aim(fit, held, centred=read.offset)
+        found = criterion.thin(self._case(entry, read, sums, aim))
+        if not bool(torch.isfinite(found.weight).all()):
+            raise CalibrationError(
+                f"the weights that stay in '{site.path}' would be NaN or infinite.",
+                where=f"criterion {criterion.kind}",
+                fix="look for NaN or infinity in the weights and the data, or raise damping.",
+            )
+        self._write(entry, read, sums, found)
+        self.patient.progress("weights", len(self.done), len(self.plan.thinned))
+
+    def _case(self, entry: Thinning, read: Reading, sums: Sums, aim: Tensor) -> WeightCase:
+        criterion = self.criterion(entry)
+        centred = read.offset and criterion.refits
+        rows = "rows" in criterion.needs
+        told = read.told(rectified=entry.layer in self.rectified) if rows else None
+        return WeightCase(
+            path=entry.layer,
+            weight=read.weight,
+            aim=aim,
+            second=sums.second(centred=centred),
+            power=sums.second(centred=False).diagonal(dim1=1, dim2=2),
+            amount=entry.keep,
+            pattern=Pattern.read(entry.pattern),
+            rows=sums.count,
+            samples=told,
+        )
+
+    def _write(self, entry: Thinning, read: Reading, sums: Sums, found: Thinned) -> None:
+        criterion, module = self.criterion(entry), read.module
+        intercept = read.bias
+        if criterion.refits and read.offset:
+            intercept = found.shift if found.shift is not None else _intercept(read, sums, found)
+        masked = read.weight * (found.weight != 0)
+        power = max(float(sums.power.sum()) / sums.count, 1e-300)
+        error = sums.error(found.weight, intercept)
+        before = sums.error(masked, read.bias)
+        if read.offset and criterion.refits:
+            self.patient.shift_(entry.layer, (intercept - read.bias).flatten())
+        put_(module, "weight", shaped(module, found.weight))
+        self.done[entry.layer] = _told(
+            entry, found, mode=criterion.reads, rows=sums.count, said=_few(read, sums, found)
+        ).model_copy(
+            update={
+                "masked": sqrt(before / power),
+                "error": sqrt(error / power),
+                "distance": sqrt(error) if found.certificate is None else found.certificate.spent,
+            }
+        )
+
+
+def _intercept(read: Reading, sums: Sums, found: Thinned) -> Tensor:
+    """Let the average output be what it was to be."""
+    mean = sums.mean[:, :, None]
+    wanted = sums.written
+    if read.mode == "sequential":
+        wanted = (read.weight @ mean)[:, :, 0] + read.bias
+    return wanted - (found.weight @ mean)[:, :, 0]
+
+
+def _few(read: Reading, sums: Sums, found: Thinned) -> str:
+    width = read.weight.shape[2]
+    if found.note or sums.count >= width:
+        return found.note
+    return f"only {sums.count} rows for {width} inputs: what is fitted may fit their noise"
+
+
+def _told(entry: Thinning, found: Thinned, *, mode: str, rows: int, said: str = "") -> LayerZeros:
+    proof = found.certificate
+    return LayerZeros(
+        layer=entry.layer,
+        criterion=entry.criterion,
+        pattern=entry.pattern,
+        weights=entry.weights,
+        left=int((found.weight != 0).sum()),
+        radius=None if proof is None else proof.radius,
+        gap=None if proof is None else proof.gap,
+        growth=None if proof is None else proof.growth,
+        mode=mode,
+        rows=rows,
+        note=said or found.note,
+    )
