@@ -74,7 +74,7 @@ class Bench:
         rest = cifar.draw(self.away, seed, self.samples)[1]
         return rest.pick(torch.arange(min(HELD, len(rest))))
 
-    def matched(self, seed: int) -> tuple[cifar.Split, cifar.Split]:
+    def matched(self, seed: int, most: int | None = None) -> tuple[cifar.Split, cifar.Split]:
         """Find scenes that both domains show, by the cheapest semi-relaxed plan of thumbnails.
 
         Every home image goes to its nearest one away; only clear cases stay. Validation images
@@ -85,7 +85,7 @@ class Bench:
             seen = torch.cat([order[: self.samples], order[self.samples + cifar.VALIDATION :]])
             near = _nearest(self.home, self.away.pick(seen))
             self.found[seed] = near[0], seen[near[1]]
-        home, away = (at[: self.samples] for at in self.found[seed])
+        home, away = (at[: most or self.samples] for at in self.found[seed])
         return self.home.pick(home), self.away.pick(away)
 
     @cached_property
@@ -163,11 +163,13 @@ def folded_(model: nn.Module, bench: Bench, seed: int, **settings: Any) -> None:
     adapt_(model, home, away, map={"kind": "domain_map", **settings}, side=side, seed=seed)
 
 
-def regressed_(model: nn.Module, bench: Bench, seed: int, *, side: str) -> None:
+def regressed_(
+    model: nn.Module, bench: Bench, seed: int, *, side: str, most: int | None = None
+) -> None:
     """Fold regressions of pairs that transport found."""
     from torch_otprune.repair.domain import adapt_
 
-    home, away = (cifar.batches(part.inputs()) for part in bench.matched(seed))
+    home, away = (cifar.batches(part.inputs()) for part in bench.matched(seed, most))
     adapt_(model, home, away, side=side, paired=True, seed=seed)  # type: ignore[arg-type]
 
 
@@ -210,6 +212,7 @@ METHODS: dict[str, Method] = {
     "variances, out + coupled with home classes": partial(classes_, classes=0.1),
     "pairs found by transport, out": partial(regressed_, side="out"),
     "pairs found by transport, in": partial(regressed_, side="in"),
+    "all pairs found by transport, out": partial(regressed_, side="out", most=10**6),
     "variances, in": partial(folded_, side="in", method="diagonal"),
     "covariances, in": partial(folded_, side="in", method="bures"),
 }

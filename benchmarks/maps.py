@@ -66,6 +66,9 @@ MAPS: dict[str, Any] = {
     "domain_map coupled, laws": unpaired("domain_map", method="coupled"),
     "flow sinkhorn, laws": unpaired("flow"),
     "flow jsd, laws": unpaired("flow", energy="jsd"),
+    # These stay in the block's place instead of being folded.
+    "low_rank 16 in its place, pairs": {"kind": "low_rank", "rank": 16},
+    "monge_net 32 in its place, pairs": {"kind": "monge_net", "hidden": 32},
 }
 
 

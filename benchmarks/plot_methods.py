@@ -10,19 +10,19 @@ import argparse
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import markdown, read_json
+from benchmarks.common import Panel, markdown, read_json, save_picture
 from benchmarks.methods import FLAGSHIP, OURS, REPAIRS
+from benchmarks.methods_cifar10 import BUDGETS, WIDTHS, cases
 
 RESULTS = Path(__file__).resolve().parent / "results" / "methods_cifar10.json"
 Key = tuple[int, str, str, str]  # budget, widths, method, repair
-_MARKS = {"none": "x", "own": "s", OURS: "o"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Cell:
     Args:
         error: mean top-1 error, percent.
         spread: its standard deviation between seeds; 0 where there is one.
-        seeds: how many.
+        errors: seed to error.
         loss: mean cross-entropy.
         seconds: mean CPU time to decide, cut and repair, without calibration; None if unknown.
         macs: largest share of the dense MACs kept.
@@ -41,7 +41,7 @@ class Cell:
 
     error: float
     spread: float
-    seeds: int
+    errors: Mapping[int, float]
     loss: float
     seconds: float | None
     macs: float
@@ -49,7 +49,13 @@ class Cell:
 
     def said(self) -> str:
         """Write the error, and its spread where there are several seeds."""
-        return f"{self.error:.1f}" + (f" ± {self.spread:.1f}" if self.seeds > 1 else "")
+        return f"{self.error:.1f}" + (f" ± {self.spread:.1f}" if len(self.errors) > 1 else "")
+
+    def behind(self, other: Cell) -> float | None:
+        """Subtract errors over the seeds that both have; None where they share none."""
+        shared = self.errors.keys() & other.errors.keys()
+        gaps = [self.errors[seed] - other.errors[seed] for seed in shared]
+        return statistics.mean(gaps) if gaps else None
 
 
 def summarise(payload: Mapping[str, Any], *, split: str = "test") -> dict[Key, Cell]:
@@ -76,7 +82,7 @@ def _cell(rows: Sequence[Mapping[str, Any]]) -> Cell:
     return Cell(
         error,
         statistics.stdev(read["error"]) if len(rows) > 1 else 0.0,
-        len(rows),
+        {row["seed"]: row["error"] for row in rows},
         statistics.mean(read["loss"]),
         statistics.mean(took) if took else None,
         max(read["macs_kept"]),
@@ -104,10 +110,10 @@ def table(cells: Mapping[Key, Cell], budget: int, widths: str) -> str:
     rows = []
     for name in sorted(names, key=best):
         found = [here.get((name, repair)) for repair in REPAIRS]
-        last = next((c for c in reversed(found) if c), None)
-        took = [f"{last.macs:.1%}", f"{last.loss:.3f}", _time(last)] if last else []
+        last = here.get((name, OURS))
+        took = [f"{last.loss:.3f}", f"{last.macs:.1%}", _time(last)] if last else ["–"] * 3
         rows.append([name, *(c.said() if c else "–" for c in found), *took])
-    head = ["method", "no repair", "its own", "least squares", "MACs kept", "loss", "CPU s"]
+    head = ["method", "no repair", "its own", "least squares", "its loss", "MACs kept", "CPU s"]
     return markdown(head, rows) if rows else ""
 
 
@@ -121,9 +127,12 @@ def standing(cells: Mapping[Key, Cell], budget: int, widths: str = "budget") -> 
     own = here.get(FLAGSHIP)
     if own is None or len(here) < 2:
         return ""
-    rest = {name: cell for name, cell in here.items() if name != FLAGSHIP}
-    best = min(rest, key=lambda name: rest[name].error)
-    behind = own.error - rest[best].error
+    gaps = {name: own.behind(cell) for name, cell in here.items() if name != FLAGSHIP}
+    known = {name: gap for name, gap in gaps.items() if gap is not None}
+    if not known:
+        return ""
+    best = max(known, key=lambda name: known[name])
+    behind = known[best]
     where = f"At {budget} %" + (" with `foresee=True`" if widths == "foreseen" else "")
     if behind <= 0:
         return f"{where} `{FLAGSHIP}` is the best, {-behind:.1f} points before `{best}`."
@@ -139,8 +148,8 @@ def unhelped(cells: Mapping[Key, Cell]) -> list[str]:
     found = []
     for (budget, widths, name, repair), cell in sorted(cells.items()):
         ours = cells.get((budget, widths, name, OURS))
-        if repair != OURS and ours is not None and cell.error < ours.error:
-            by = ours.error - cell.error
+        by = ours.behind(cell) if ours is not None and repair != OURS else None
+        if by is not None and by > 0:
             found.append(f"`{name}` at {budget} % ({widths}, {repair}: {by:.1f} points)")
     return found
 
@@ -151,21 +160,21 @@ def unbeaten(cells: Mapping[Key, Cell]) -> list[str]:
     for (budget, widths, name, repair), cell in sorted(cells.items()):
         ours = cells.get((budget, "budget", name.split(", published")[0], OURS))
         published = widths == "uniform" and repair != OURS
-        if published and ours is not None and cell.error < ours.error:
+        by = ours.behind(cell) if ours is not None and published else None
+        if by is not None and by > 0:
             found.append(f"`{name}` at {budget} % ({repair})")
     return found
 
 
-def front(cells: Mapping[Key, Cell], budget: int, widths: str = "budget") -> list[Key]:
-    """List the Pareto front of error over seconds at one budget, the fastest first."""
-    here = [(c.seconds, c.error, k) for k, c in _timed(cells, budget, widths)]
-    found: list[Key] = []
-    lowest = float("inf")
-    for _, error, key in sorted(here):
-        if error < lowest:
-            lowest = error
-            found.append(key)
-    return found
+def foresight(cells: Mapping[Key, Cell]) -> str:
+    """Say by how much prices that foresee later refits lower the error of each method."""
+    found = []
+    for (budget, widths, name, repair), cell in sorted(cells.items()):
+        after = cells.get((budget, "foreseen", name, repair))
+        by = cell.behind(after) if after is not None and widths == "budget" else None
+        if by is not None:
+            found.append(f"`{name}` at {budget} % {by:+.1f}")
+    return ", ".join(found)
 
 
 def sentences(cells: Mapping[Key, Cell]) -> list[str]:
@@ -177,15 +186,27 @@ def sentences(cells: Mapping[Key, Cell]) -> list[str]:
     paired = [key for key in cells if key[3] == OURS]
     if paired:
         worse = unhelped(cells)
-        told.append(_except("Least squares is the best of the repairs of every method", worse))
+        text = "Wherever it was measured, least squares is the best repair of a method"
+        told.append(_except(text, worse))
     if any(key[1] == "uniform" for key in cells) and any(key[1] == "budget" for key in cells):
-        text = "Every method under our budget with least squares beats its published recipe"
+        text = "Wherever both were measured, our budget with least squares beats published recipes"
         told.append(_except(text, unbeaten(cells)))
     return told
 
 
 def _except(text: str, places: Sequence[str]) -> str:
     return f"{text}, except {'; '.join(places)}." if places else f"{text}."
+
+
+def unmeasured(payload: Mapping[str, Any], split: str) -> int:
+    """Count the cells that the full plan has and the results have not."""
+    known = {
+        tuple(row[n] for n in ("method", "widths", "repair", "budget", "seed"))
+        for row in payload.get("rows", ())
+        if row["split"] == split and "error" in row
+    }
+    plan = cases(seeds=range(3), budgets=BUDGETS, widths=WIDTHS)
+    return sum((c.method.name, c.widths, c.repair, c.budget, c.seed) not in known for c in plan)
 
 
 _CHOSEN = {
@@ -208,14 +229,17 @@ def page(payload: Mapping[str, Any], *, split: str = "test") -> str:
     """
     cells = summarise(payload, split=split)
     images = {row["images"] for row in payload["rows"] if row["split"] == split and "error" in row}
-    seeds = {key: cell.seeds for key, cell in cells.items()}
     said = ", ".join(map(str, sorted(images)))
-    parts = [
-        f"Top-1 error in percent on {said} {split} images; one to {max(seeds.values())} seeds."
-    ]
+    most = max(len(cell.errors) for cell in cells.values())
+    parts = [f"Top-1 error in percent on {said} {split} images; one to {most} seeds."]
     if dense := cells.get((100, "", "dense", "none")):
         parts[0] += f" Dense: {dense.error:.1f}, loss {dense.loss:.3f}."
-    parts += ["\n".join(f"- {text}" for text in sentences(cells))]
+    if missing := unmeasured(payload, split):
+        parts[0] += f" {missing} cells of the full plan, three seeds each, are not measured yet."
+    told = sentences(cells)
+    if gained := foresight(cells):
+        told.append(f"Points that `foresee=True` gains: {gained}.")
+    parts += ["\n".join(f"- {text}" for text in told)]
     for widths in sorted({key[1] for key in cells} - {""}, key=list(_CHOSEN).index):
         for budget in sorted({k[0] for k in cells if k[1] == widths}):
             parts.append(f"**{_CHOSEN[widths]}, {budget} % of the MACs**")
@@ -224,67 +248,47 @@ def page(payload: Mapping[str, Any], *, split: str = "test") -> str:
 
 
 def picture(cells: Mapping[Key, Cell], path: Path) -> None:
-    """Draw error over seconds, one chart per budget, with the Pareto front.
+    """Draw error over MACs kept: what is lowest at a budget is on the Pareto front there.
 
     Args:
         cells: the results.
         path: where to.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    budgets = sorted({key[0] for key in cells if key[1] == "budget"})
-    if not budgets:
-        return
-    figure, axes = pyplot.subplots(
-        1, len(budgets), figsize=(5.2 * len(budgets), 4.6), squeeze=False
-    )
-    for axis, budget in zip(axes[0], budgets, strict=True):
-        for key, cell in _timed(cells, budget, "budget"):
-            flag = key[2] == FLAGSHIP
-            colour = "#d9822b" if flag else "#2f6db5"
-            axis.plot(cell.seconds, cell.error, _MARKS[key[3]], color=colour, alpha=0.9)
-        edge = front(cells, budget)
-        xs, ys = ([getattr(cells[key], n) for key in edge] for n in ("seconds", "error"))
-        axis.plot(xs, ys, color="#8a909a", linewidth=1, zorder=0)
-        for key in edge:
-            axis.annotate(
-                f" {key[2]}, {key[3]}", (cells[key].seconds, cells[key].error), fontsize=7
-            )
-        axis.set(xscale="log", title=f"{budget} % of the MACs", xlabel="seconds of CPU")
-        axis.set(ylabel="top-1 error, %")
-        axis.grid(alpha=0.3)
-    handles = [pyplot.Line2D([], [], marker=m, linestyle="", color="#2f6db5", label=r)
-               for r, m in _MARKS.items()]  # fmt: skip
-    handles.append(pyplot.Line2D([], [], marker="o", linestyle="", color="#d9822b", label=FLAGSHIP))
-    axes[0][-1].legend(handles=handles, fontsize=7)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _timed(cells: Mapping[Key, Cell], budget: int, widths: str) -> Iterator[tuple[Key, Cell]]:
-    for key, cell in cells.items():
-        if key[:2] == (budget, widths) and cell.seconds is not None:
-            yield key, cell
+    shown = {
+        "no repair": ("budget", "none"),
+        "the repair of its paper": ("budget", "own"),
+        "least squares": ("budget", OURS),
+        "least squares, foresee=True": ("foreseen", OURS),
+    }
+    dense = cells.get((100, "", "dense", "none"))
+    panels = []
+    for title, place in shown.items():
+        series: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+        # the flagship last, and so on top
+        for key, cell in sorted(cells.items(), key=lambda item: (item[0][2] == FLAGSHIP, item[0])):
+            if (key[1], key[3]) == place:
+                series[key[2]].append((key[0], cell.error, cell.spread))
+        if series:
+            panels.append(Panel(title, series, dense and dense.error))
+    if panels:
+        save_picture(path, panels, x="MACs kept, %", y="top-1 error, %")
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Read the command line, write tables and a picture beside the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, default=RESULTS)
-    parser.add_argument("--split", default="test")
     args = parser.parse_args(words)
     payload = read_json(args.json)
     if not payload.get("rows"):
         raise SystemExit(f"{args.json.name} has no rows: run methods_cifar10.py first.")
-    text = page(payload, split=args.split)
-    args.json.with_suffix(".md").write_text(text + "\n")
-    picture(summarise(payload, split=args.split), args.json.with_suffix(".png"))
-    print(text)
+    splits = {row["split"] for row in payload["rows"] if "error" in row}
+    for split in sorted(splits):
+        text = page(payload, split=split)
+        name = args.json.stem + ("" if split == "test" else f"_{split}")
+        args.json.with_name(f"{name}.md").write_text(text + "\n")
+        print(text)
+    picture(summarise(payload), args.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

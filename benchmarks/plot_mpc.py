@@ -91,7 +91,7 @@ def verdict(payload: Mapping[str, Any]) -> str:
                 mean(rows, "test_mse") <= GOAL_MSE
             ),
             f"certificate unchanged: {rows[0]['convex']}": kinds,
-            f"control steps at least 2x faster: {speed:.1f}x": speed >= GOAL_SPEED,
+            f"control steps at least 2x faster: {speed:.2f}x": speed >= GOAL_SPEED,
         }
         said = "; ".join(f"{text} ({'yes' if ok else 'no'})" for text, ok in checks.items())
         lines.append(f"- ICRNN at {100 * kept:.0f} %: {said}.")

@@ -28,6 +28,8 @@ PICTURED = (
     "scaling",
     "depth_criteria",
     "width_or_depth",
+    "maps",
+    "domain_shift",
     "generator",
     "methods_cifar10",
     "mpc",

@@ -231,7 +231,11 @@ def picture(payload: Mapping[str, Any], path: Path) -> None:
     panels = []
     for name, title in (("loss", "cross-entropy"), ("accuracy", "top-1, %")):
         series = {
-            method: [(float(z), *told[method, z][name]) for z in ZEROS[:3] if (method, z) in told]
+            method: [
+                (float(z), *told[method, z][name])
+                for z in ZEROS
+                if z.isdecimal() and (method, z) in told
+            ]
             for method in METHODS
         }
         kept = {method: points for method, points in series.items() if points}

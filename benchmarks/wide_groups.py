@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch_otprune as otp
-from benchmarks.common import environment, markdown, measured, write_json
+from benchmarks.common import environment, markdown, measured, read_json, write_json
 from torch_otprune.transport import nearest
 
 OUT = Path(__file__).resolve().parent / "results" / "wide_groups.json"
 WIDTH, NEIGHBOURS, ASKED = 64, 16, 1000
+PARTS = ("search", "plans", "all_pairs")
 
 
 def clustered(n: int, generator: torch.Generator) -> Tensor:
@@ -128,24 +130,67 @@ def plans(criterion: str, n: int, wide: int) -> dict[str, Any]:
     }
 
 
+def tables(result: Mapping[str, Any]) -> str:
+    """Write what was measured in markdown.
+
+    Args:
+        result: as `main` returns it; a part may be missing.
+
+    Returns:
+        one table for each part.
+    """
+    heads = {
+        "search": ["units come", "how many", "processor seconds", "MiB", "recall", "further away"],
+        "plans": ["plan by", "units", "processor seconds", "MiB", "error of the output"],
+        "all_pairs": ["all pairs of", "processor seconds", "MiB"],
+    }
+    rows = {
+        "search": [
+            [r["kind"], f"{r['units']:,}", *_costs(r), f"{r['recall']:.1%}", f"{r['further']:.2%}"]
+            for r in result.get("search", ())
+        ],
+        "plans": [
+            [r["criterion"], f"{r['units']:,}", *_costs(r), f"{r['output_error']:.3f}"]
+            for r in result.get("plans", ())
+        ],
+        "all_pairs": [[f"{r['units']:,}", *_costs(r)] for r in result.get("all_pairs", ())],
+    }
+    return "\n\n".join(markdown(heads[part], rows[part]) for part in PARTS if rows[part])
+
+
+def _costs(row: Mapping[str, Any]) -> tuple[str, str]:
+    return f"{row['cpu_seconds']:.1f}", f"{row['extra_mib']:.0f}"
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, seconds")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sizes = [1000, 2000] if asked.quick else [10_000, 100_000]
+    brute = [1000, 2000] if asked.quick else [10_000, 30_000]
     wide = 500 if asked.quick else 32_768
     result: dict[str, Any] = {"environment": environment(), "quick": asked.quick}
-    result["search"] = [search(kind, n) for n in sizes for kind in KINDS]
-    result["all_pairs"] = [exhaustive(n) for n in (sizes if asked.quick else [10_000, 30_000])]
-    names = ("magnitude", "transport", "sliced_kernel")
-    result["plans"] = [plans(name, sizes[-1], wide) for name in names]
-    write_json(asked.out, result)
-    for key in ("search", "all_pairs", "plans"):
-        head = [k for k in result[key][0] if k != "notes"]
-        sys.stdout.write(markdown(head, [[row[k] for k in head] for row in result[key]]) + "\n\n")
+    names = ("transport", "sliced_kernel", "magnitude")
+    work: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        *(("search", partial(search, kind, sizes[-1])) for kind in KINDS),
+        *(("plans", partial(plans, name, sizes[-1], wide)) for name in names),
+        *(("search", partial(search, kind, sizes[0])) for kind in KINDS),
+        *(("all_pairs", partial(exhaustive, n)) for n in brute),
+    ]
+    if asked.out.exists() and set(asked.parts) < set(PARTS):  # the other parts stay
+        old = read_json(asked.out)
+        result |= {part: old[part] for part in PARTS if part in old and part not in asked.parts}
+    for key, measure in work:  # what is done is kept if the rest is stopped
+        if key not in asked.parts:
+            continue
+        result.setdefault(key, []).append(measure())
+        write_json(asked.out, result)
+        asked.out.with_suffix(".md").write_text(tables(result) + "\n")
+    sys.stdout.write(tables(result) + "\n")
     return result
 
 

@@ -104,6 +104,8 @@ def _plain(value: Any) -> str:
 NEEDS = {
     "moments": "second moments",
     "sensitivity": "gradients of the output",
+    "signals": "some rows of what consumers read",
+    "tangents": "gradients by all parameters",
     "points": "the stream around every block",
     "writers": "what layers in front of it read",
     "feel": "gradients of the output",

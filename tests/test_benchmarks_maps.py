@@ -47,8 +47,13 @@ def test_only_blocks_with_a_layer_in_front_go() -> None:
 
 def test_every_way_back_from_a_shift_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "domain_shift.json"
-    chosen = ["nothing", "batch-norm re-estimation", "variances, out",
-              "variances, out + coupled with home classes", "pairs found by transport, out"]  # fmt: skip
+    chosen = [
+        "nothing",
+        "batch-norm re-estimation",
+        "variances, out",
+        "variances, out + coupled with home classes",
+        "pairs found by transport, out",
+    ]
     domain_shift.main(["--quick", "--methods", ";".join(chosen), "--out", str(out)])
     rows = json.loads(out.read_text())["rows"]
     assert not [row["error"] for row in rows if "error" in row]

@@ -171,11 +171,22 @@ def test_the_sentences_name_where_least_squares_and_our_budget_do_not_help() -> 
     assert plot_methods.unbeaten(cells) == ["`fpgm` at 50 % (none)"]
 
 
-def test_the_front_holds_what_nothing_faster_beats() -> None:
+def test_methods_are_compared_on_the_draws_that_both_have_seen() -> None:
+    payload = rows(transport__budget__least_squares=20.0, obs__budget__least_squares=15.0)
+    lucky = payload["rows"][0] | {"seed": 1, "error": 2.0}
+    payload["rows"].append(lucky)
+    cells = plot_methods.summarise(payload)
+    assert cells[50, "budget", "transport", OURS].error == 11.0
+    assert "`obs` is the best, 5.0 points" in plot_methods.standing(cells, 50)
+    payload["rows"][1]["seed"] = 2
+    assert plot_methods.standing(plot_methods.summarise(payload), 50) == ""
+
+
+def test_what_foreseeing_gains_is_said_per_method() -> None:
     cells = plot_methods.summarise(
-        rows(a__budget__none=30.0, b__budget__none=40.0, c__budget__none=20.0)
+        rows(obs__budget__least_squares=15.0, obs__foreseen__least_squares=12.5)
     )
-    assert [key[2] for key in plot_methods.front(cells, 50)] == ["a", "c"]
+    assert plot_methods.foresight(cells) == "`obs` at 50 % +2.5"
 
 
 def test_accuracy_and_loss_are_those_of_the_formulas() -> None:

@@ -235,3 +235,22 @@ def test_the_user_is_sent_to_a_line_of_their_own_unless_a_package_wrote_the_forw
     frames: list[tuple[str, str, int]], line: str
 ) -> None:
     assert blamed(frames) == line
+
+
+class Talkative(nn.Module):
+    """Returns its stream beside its answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        stream = self.enter(x)
+        return {"logits": self.leave(stream), "stream": stream}
+
+
+def test_a_stream_that_is_returned_by_name_is_told_by_it() -> None:
+    found = {f.parameter: f for f in otp.doctor(Talkative(), torch.randn(2, 4)).findings}
+    assert found["enter.weight"].reason == "they are its 'stream'; they reach the model's output"
+    assert found["enter.weight"].fix.startswith("where that is not needed, wrap the model")
+    assert found["leave.weight"].fix == "nothing: these channels are the model's answer."

@@ -23,6 +23,8 @@ from torch_otprune.errors import (
     PolicyError,
     StructureError,
 )
+from torch_otprune.integrations.loop import Loop
+from torch_otprune.integrations.trainer import _Pruning
 from torch_otprune.structure.graph import CostModel, Dim, Term
 from torch_otprune.training.linearised import Linearised
 from torch_otprune.training.pool import Pool, Price, Seat
@@ -558,6 +560,38 @@ def test_without_a_training_step_the_plan_says_what_decided() -> None:
     assert any("dtp saw no training step" in note for note in report.plan.notes)
 
 
+def test_without_a_training_step_a_plan_of_layers_says_so_as_well() -> None:
+    model, (x, _) = resnet().eval(), images()
+    with otp.attach(model, policy(otp.Layers(criterion="dtp", drop=1))) as attached:
+        otp.observe(attached, [x])
+        plan = attached.plan()
+    assert len(plan.drops) == 1
+    assert not plan.drops[0].silent
+    assert any("dtp saw no training step" in note for note in plan.notes)
+
+
+class Twice(nn.Module):
+    """Two layers that read different units with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(8, 16)
+        self.one, self.two, self.head = nn.Linear(16, 6), nn.Linear(16, 6), nn.Linear(6, 4)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(F.relu(self.first(x))) + self.two(F.relu(self.second(x)))
+        return self.head(F.relu(y))  # type: ignore[no-any-return]
+
+
+def test_units_that_a_shared_weight_reads_stay_whole() -> None:
+    model, batch = Twice(), data()
+    with otp.attach(model, policy(params="95%"), example=batch[0][:2]) as attached:
+        masked = search(attached).masks
+        assert not {"first", "second"} & set(masked)
+        attached.harden()
+
+
 def test_a_step_without_an_example_is_refused() -> None:
     with (
         otp.attach(net(), policy(params="40%")) as attached,
@@ -629,3 +663,30 @@ def test_a_computed_weight_is_refused() -> None:
     torch.nn.utils.parametrizations.weight_norm(model[2])
     with pytest.raises(StructureError, match="a parametrisation computes the weight of '2'"):
         otp.attach(model, policy(params="40%"), example=data()[0][:2])
+
+
+# ---- callbacks -----------------------------------------------------------------------------
+
+
+def test_a_callback_trains_masks_and_its_handle_plans_behind_the_training() -> None:
+    model, (x, y) = net(), data()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    callback = Loop(policy(params="40%"), example=x[:2])
+    callback.begin(model)
+    for _ in range(12):
+        sgd.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        sgd.step()
+        assert callback.tick([sgd]) is None
+    callback.end()
+    assert callback.ended is not None
+    plan = callback.ended.plan()
+    assert plan.params.ratio <= 0.4
+    otp.apply_(model, plan, [x], timing=0)
+
+
+def test_a_checkpoint_without_masks_is_refused() -> None:
+    callback = _Pruning(policy(params="40%"), example=data()[0][:2])
+    callback.begin(net())
+    with pytest.raises(LoadError, match="a checkpoint of the Trainer holds no masks"):
+        callback._resume(5)

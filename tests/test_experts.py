@@ -23,7 +23,7 @@ from torch_otprune.structure.routing import Route, Routing, Visits
 from torch_otprune.surgery import compared, copied, cut_, disagreement
 
 WIDTH, EXACT = 8, 1e-12
-RANKING = sorted(set(CRITERIA) - {"taylor", "bn_scale", "cpot", "dtp"})
+RANKING = sorted(set(CRITERIA) - {"taylor", "bn_scale", "cpot", "dtp", "sliced_kernel"})
 
 
 class Expert(nn.Module):

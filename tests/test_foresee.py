@@ -32,23 +32,23 @@ def evidence(*paths: str) -> Evidence:
     return Evidence("g", 6, draw(6, 4), None, tuple(readers), None, 0)
 
 
-ORDER = ["a", "b", "c", "d", "e", "f", "g"]
+ORDER = list("abcdefghijkl")
 
 
 @pytest.mark.parametrize(
-    ("path", "share"), [("g", 1), ("f", 1), ("e", 2), ("d", 3), ("c", 4), ("b", 4), ("a", 4)]
+    ("path", "share"), [("l", 1), ("k", 1), ("j", 2), ("f", 6), ("d", 8), ("c", 8), ("a", 8)]
 )
-def test_a_price_is_shared_among_the_layers_behind_up_to_four(path: str, share: int) -> None:
+def test_a_price_is_shared_among_the_layers_behind_up_to_eight(path: str, share: int) -> None:
     made, ranking = evidence(path), Ranking(torch.arange(6), torch.zeros(7))
     one, two = (repaired(ranking, e).curve for e in (made, foreseen(made, ORDER)))
     torch.testing.assert_close(two * share, one)
 
 
 def test_each_consumer_of_a_stream_is_weighed_by_its_own_place() -> None:
-    both, ranking = evidence("a", "g"), Ranking(torch.arange(6), torch.zeros(7))
+    both, ranking = evidence("a", "l"), Ranking(torch.arange(6), torch.zeros(7))
     apart = [replace(both, consumers=(reader,)) for reader in both.consumers]
     early, late = (repaired(ranking, e).curve for e in apart)
-    torch.testing.assert_close(repaired(ranking, foreseen(both, ORDER)).curve, early / 4 + late)
+    torch.testing.assert_close(repaired(ranking, foreseen(both, ORDER)).curve, early / 8 + late)
 
 
 def test_a_consumer_that_is_no_layer_keeps_its_price() -> None:

@@ -18,9 +18,9 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 
 # Data flows down; a room imports only from rooms above it.
 ROOMS = (
-    "errors", "policy", "structure", "statistics", "transport", "nn", "certify", "criteria", "plan", "surgery",
-    "decide", "fold", "doctor", "maps", "repair", "align", "training", "report", "verify", "store",
-    "attach", "pipeline", "integrations", "demo", "cli",
+    "errors", "policy", "structure", "statistics", "transport", "nn", "certify", "criteria", "plan",
+    "surgery", "decide", "fold", "doctor", "maps", "repair", "align", "training", "report",
+    "verify", "store", "attach", "pipeline", "integrations", "demo", "cli",
 )  # fmt: skip
 
 # A package that comes in by one door only.

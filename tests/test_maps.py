@@ -284,6 +284,20 @@ def test_a_folded_map_and_its_module_compute_what_the_map_does(kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dead", ["source channel", "target channel", "source", "target"])
+def test_what_never_varies_does_no_harm(kind: str, dead: str) -> None:
+    x, y = cloud(60, 3), cloud(60, 3, seed=1)
+    still = x if dead.startswith("source") else y
+    if "channel" in dead:
+        still[:, 1] = 0
+    else:
+        still[:] = 0
+    for pairs in (None, True):
+        found = made(kind).fit(x, y, pairs)
+        assert bool(found(x).isfinite().all()) and math.isfinite(found.report.fit_after)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_unpaired_sets_of_different_dimension_are_refused(kind: str) -> None:
     with pytest.raises(TransportError) as error:
         made(kind).fit(cloud(20, 3), cloud(20, 4))
@@ -358,6 +372,15 @@ def test_a_map_of_whole_patches_folds_exactly_even_at_the_border() -> None:
     found.fold_into(conv, side="in")
     got = conv(x).flatten(2).transpose(1, 2).flatten(0, 1)
     torch.testing.assert_close(got, wanted)
+
+
+def test_a_map_folds_into_a_layer_whose_weight_lies_across() -> None:
+    utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is absent")
+    layer, x = utils.Conv1D(4, 7).double(), cloud(9, 7)  # outputs first
+    found = AffineMap().fit(cloud(50, 4), cloud(50, 4, seed=1) + 1)
+    wanted = found(layer(x)).detach()
+    found.fold_into(layer)
+    torch.testing.assert_close(layer(x), wanted)
 
 
 @pytest.mark.parametrize(
@@ -685,3 +708,17 @@ def test_points_move_with_the_nearest_particle() -> None:
     found = Flow(form="points", anchors=2).fit(x, y)
     near = x + 1e-9
     torch.testing.assert_close(found(near) - near, found(x) - x)
+
+
+def test_a_distance_of_samples_rewards_lost_spread_and_the_maps_do_not_follow() -> None:
+    x, y = cloud(256, 32), cloud(256, 32, seed=1)
+    assert float(divergence(0.5 * x, y)) < float(divergence(x, y))
+    for found in (MongeMap().fit(x, y), Flow(anchors=2).fit(x, y)):
+        assert float(found(x).var(0).mean() / y.var(0).mean()) > 0.9
+
+
+def test_a_start_as_near_as_chance_is_kept_and_the_report_says_so() -> None:
+    x, y = cloud(256, 32), cloud(256, 32, seed=1) * 2 + 1
+    found, start = MongeMap().fit(x, y), AffineMap().fit(x, y)
+    torch.testing.assert_close(found(x), start(x))
+    assert "as near as chance can tell" in str(found.report)

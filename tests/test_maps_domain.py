@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_otprune.errors import CalibrationError, RepairError
+from torch_otprune.errors import CalibrationError, RepairError, TransportError
+from torch_otprune.maps import DomainMap, FittedMap
+from torch_otprune.maps.samples import Samples
 from torch_otprune.repair.domain import adapt_
 
 
@@ -125,3 +127,19 @@ def test_a_map_that_bends_is_refused(net: Net) -> None:
     with pytest.raises(RepairError) as error:
         adapt_(net, [images(0)], [images(1)], map={"kind": "flow", "form": "points", "anchors": 0})
     assert "is not affine" in error.value.problem
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, plain = {k: v.clone() for k, v in net.state_dict().items()}, DomainMap.fitted
+
+    def fails(self: DomainMap, samples: Samples) -> FittedMap:
+        if samples.x.shape[1] == 6:
+            raise TransportError("no.", where="here", fix="stop.")
+        return plain(self, samples)
+
+    monkeypatch.setattr(DomainMap, "fitted", fails)
+    with pytest.raises(TransportError):
+        adapt_(net, [images(0)], [shifted(images(1))])
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

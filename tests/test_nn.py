@@ -18,6 +18,7 @@ from torch_otprune.errors import StructureError
 from torch_otprune.nn import (
     ChannelScale,
     LowRank,
+    Perceptron,
     Skip,
     Wiring,
     Zero,
@@ -33,6 +34,7 @@ STANDINS: dict[str, Callable[[], nn.Module]] = {
     "zero": lambda: Zero(6),
     "scale": lambda: ChannelScale(6),
     "low_rank": lambda: LowRank(6, 2),
+    "hidden": lambda: Perceptron(6, 4),
 }
 
 
@@ -92,10 +94,22 @@ def test_a_low_rank_map_adds_up_down_x_and_the_bias(axis: int) -> None:
     torch.testing.assert_close(module(x), expected.movedim(-1, axis))
 
 
-@pytest.mark.parametrize("build", [lambda: ChannelScale(6), lambda: LowRank(6, 2)])
+@pytest.mark.parametrize(
+    "build", [lambda: ChannelScale(6), lambda: LowRank(6, 2), lambda: Perceptron(6, 4)]
+)
 def test_what_has_parameters_starts_as_the_identity(build: Callable[[], nn.Module]) -> None:
     x = tokens()
     torch.testing.assert_close(build().double()(x), x, rtol=0, atol=0)
+
+
+def test_two_units_of_opposite_sign_make_a_linear_map() -> None:
+    low, bent = LowRank(6, 2).double(), Perceptron(6, 4).double()
+    low.up.data.normal_()
+    with torch.no_grad():
+        bent.up.copy_(torch.cat([low.up, -low.up], dim=1))
+        bent.down.copy_(torch.cat([low.down, -low.down]))
+    x = tokens()
+    torch.testing.assert_close(bent(x), low(x))
 
 
 def test_a_low_rank_map_can_be_trained_from_its_start() -> None:
@@ -154,6 +168,7 @@ def test_a_symbolic_trace_goes_through(build: Callable[[], nn.Module]) -> None:
         (Zero(3, ("x", None), axis=1), "Zero(3, axis=1, wiring=('x', None))"),
         (ChannelScale(4), "ChannelScale(4)"),
         (LowRank(4, 2, 1), "LowRank(4, rank=2, axis=1)"),
+        (Perceptron(4, 2, 1), "Perceptron(4, hidden=2, axis=1)"),
     ],
 )
 def test_the_repr_says_what_is_not_default(module: nn.Module, text: str) -> None:
@@ -274,6 +289,7 @@ def test_a_wiring_that_says_nothing_is_refused(wiring: Any) -> None:
         (lambda: Zero(2, axis=2), "the channel axis is 2."),
         (lambda: ChannelScale(True), "channels is True."),
         (lambda: LowRank(4, -1), "rank is -1."),
+        (lambda: Perceptron(4, 0), "hidden is 0."),
     ],
 )
 def test_a_size_that_is_none_is_refused(build: Callable[[], nn.Module], problem: str) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Weights,
         prunable,
     )
+    from torch_otprune.repair.domain import adapt_
     from torch_otprune.report import Report, Trainability, trainability
     from torch_otprune.store import load, save, undo_
 
@@ -57,6 +58,7 @@ __all__ = [
     "Schedule",
     "Trainability",
     "Weights",
+    "adapt_",
     "align",
     "apply_",
     "attach",
@@ -84,6 +86,7 @@ _HOMES = (
     "pipeline",
     "plan",
     "policy",
+    "repair.domain",
     "report",
     "store",
 )

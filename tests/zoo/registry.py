@@ -9,5 +9,6 @@ from tests.zoo.entry import Entry
 __all__ = ["ENTRIES"]
 
 ENTRIES: dict[str, Entry] = {}
-for _shelf in ("patterns", "recurrent", "convex", "vision", "transformers_text", "transformers_other"):
+_SHELVES = ("patterns", "recurrent", "convex", "vision", "transformers_text", "transformers_other")
+for _shelf in _SHELVES:
     ENTRIES |= import_module(f"tests.zoo.{_shelf}").ENTRIES

@@ -191,7 +191,11 @@ def _tried(
     model: nn.Module, policy: Policy, graph: Graph, example: Any
 ) -> tuple[Gated, dict[str, str]]:
     """Find what can be masked: only what the model does without once it is cut."""
-    banned: dict[str, str] = {}
+    ties, banned = tied(model), dict[str, str]()
+    for group in graph.groups:  # zeros in one place would be zeros in the other
+        scaled = {member.path for member in group.consumers or group.producers}
+        if held := sorted(ties & scaled):
+            banned[group.name] = f"'{held[0]}' shares a tensor with another layer"
     while True:
         found = gated(model, policy, graph, banned=banned)
         cuts, drops = _cuts(policy, found), _drops(policy, found)

@@ -121,9 +121,10 @@ class Follower(TorchFunctionMode):
         if not made:
             self._leaked(name, out, facts)
             return out
+        plain = name.rstrip("_")
         # a product that overwrites its known factor leaves no value to read
-        blind = moved and bool(facts) and facts[0].fixed and name not in ("add_", "sub_")
-        plain = "" if blind else name.rstrip("_")
+        blind = bool(facts) and facts[0].fixed and name not in ("add_", "sub_")
+        plain = "" if moved and (blind or plain in SHAPES) else plain
         found = self._found(plain, context, Call(args, kwargs), made, facts)
         for tensor, fact in zip(made, found, strict=True):
             if moved:

@@ -88,10 +88,7 @@ def widened(f: Facts, shape: torch.Size) -> Facts:
     """Broadcast."""
     if f.cvx.shape == shape:
         return f
-    found = f.shaped(lambda t: t.expand(shape))
-    if f.lo is not None or f.fixed:
-        return found
-    return found
+    return f.shaped(lambda t: t.expand(shape))
 
 
 def plus(a: Facts, b: Facts, inputs: int, *, minus: bool = False) -> Facts:

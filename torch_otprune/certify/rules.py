@@ -20,10 +20,9 @@ __all__ = ["RULES", "SHAPES", "Context"]
 SHAPES = frozenset({
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "swapaxes", "unbind",
     "stack", "cat", "concat", "chunk", "split", "tensor_split", "unsqueeze", "squeeze", "expand",
-    "expand_as", "repeat", "contiguous", "clone", "detach", "to", "double", "float", "narrow",
+    "expand_as", "repeat", "contiguous", "clone", "detach", "narrow",
     "select", "index_select", "getitem", "movedim", "moveaxis", "roll", "flip", "tile", "get",
-    "broadcast_to", "view_as", "reshape_as", "hstack", "vstack", "type_as", "repeat_interleave",
-    "cpu", "cuda", "half", "bfloat16", "type", "data", "iter", "requires_grad_",
+    "broadcast_to", "view_as", "reshape_as", "hstack", "vstack", "repeat_interleave", "iter",
 })  # fmt: skip
 
 
@@ -134,6 +133,11 @@ def _curved(name: str) -> Rule:
 
 
 RULES.update({name: _curved(name) for name in CURVES})
+
+
+@rule("to", "double", "float", "half", "bfloat16", "type", "type_as", "cpu", "cuda")
+def _cast(c: Context, x: Tensor, *_: Any, **__: Any) -> Facts:
+    return c.facts(x)  # slopes are kept in float64 whatever the dtype
 
 
 @rule("dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout")
@@ -276,6 +280,12 @@ def _mul(c: Context, a: Any, b: Any) -> Facts | None:
     c.why["convex"] = "two signals that both depend on the input are multiplied"
     c.why["lipschitz"] = "two signals that both depend on the input are multiplied"
     return _multiplied(f, g, c.inputs)
+
+
+@rule("addcmul")
+def _add_product(c: Context, x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Facts | None:
+    product = _mul(c, a, b)
+    return None if product is None or value != 1 else plus(c.facts(x), product, c.inputs)
 
 
 def _times(c: Context, f: Facts, by: Facts, value: Tensor) -> Facts:

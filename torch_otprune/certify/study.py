@@ -27,8 +27,8 @@ from torch_otprune.structure.forward import (
 
 __all__ = ["Study", "certify", "study"]
 
-_WIDE = 2048  # inputs; above, one pair of bounds serves all
-_LARGE = 1 << 27  # numbers in the slopes of the widest layer
+_FEW = 64  # inputs that are never too many
+_LARGE = 1 << 28  # slopes, two for each input and number; above, one pair serves all inputs
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def certify(
     programming) for following them; the bound from interval slopes and the rules for log-convex
     signals and for products of functions of one scalar are ours.
 
-    Limits: sequences longer than the example's are not spoken for. Above 2048 inputs the bound is
-    left out. A search that finds nothing proves nothing.
+    Limits: sequences longer than the example's are not spoken for. Where slopes would take more
+    than 2 GiB the bound is left out. A search that finds nothing proves nothing.
 
     Example:
         >>> from torch_otprune.nn import FICNN
@@ -126,7 +126,11 @@ def certify(
         text = f"at most {bound:.4g}, the norm of the slopes' bounds"
         lipschitz = Finding(kind="lipschitz", how="structural", text=text)
     else:
-        text = f"more than {_WIDE} inputs" if found.hull else "nothing bounds the slopes"
+        text = (
+            "too many inputs to keep a slope for each"
+            if found.hull
+            else "nothing bounds the slopes"
+        )
         why = found.reasons("lipschitz")
         lipschitz = Finding(kind="lipschitz", how="refused", text=text, reasons=why)
     name = repr(wrt) if isinstance(wrt, str) else f"input {wrt}"
@@ -159,7 +163,15 @@ def study(model: nn.Module, batch: Any, *, wrt: int | str = 0) -> Study:
     """
     call = called(model, head(batch, 1))
     asked = _asked(call, wrt)
-    hull = asked.numel() > _WIDE
+    if asked.numel() > _FEW:
+        coarse, numbers = _followed(model, call, asked, hull=True)
+        if 2 * numbers * asked.numel() > _LARGE:
+            return coarse
+    return _followed(model, call, asked, hull=False)[0]
+
+
+def _followed(model: nn.Module, call: Call, asked: Tensor, *, hull: bool) -> tuple[Study, int]:
+    """Follow the pass; count the numbers that slopes were kept for, too."""
     tensors = [*model.named_parameters(), *model.named_buffers(), *_loose(model)]
     known = [(t, constant(t)) for _, t in tensors]
     known += [(t, outside(t)) for t in flat_tensors([call.args, call.kwargs]) if t is not asked]
@@ -169,7 +181,8 @@ def study(model: nn.Module, batch: Any, *, wrt: int | str = 0) -> Study:
     with evaluating(model), torch.no_grad(), following(model, follower):
         out = model(*call.args, **call.kwargs)
     facts = [follower.facts(t) for t in flat_tensors(out) if t.is_floating_point()]
-    return Study(facts, trail, tuple(asked.shape[1:]), hull)
+    numbers = sum(t.numel() for t, f in follower.known.values() if f.lo is not None)
+    return Study(facts, trail, tuple(asked.shape[1:]), hull), numbers
 
 
 def _loose(model: nn.Module) -> list[tuple[str, Tensor]]:

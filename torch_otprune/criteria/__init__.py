@@ -7,8 +7,8 @@ from torch_otprune.criteria.cpot import CPOT
 from torch_otprune.criteria.dtp import DTP
 from torch_otprune.criteria.fpgm import FPGM
 from torch_otprune.criteria.magnitude import Magnitude
-from torch_otprune.criteria.ntk import NTK
 from torch_otprune.criteria.net_trim import NetTrim
+from torch_otprune.criteria.ntk import NTK
 from torch_otprune.criteria.obs import OBS
 from torch_otprune.criteria.random import Random
 from torch_otprune.criteria.sliced_kernel import SlicedKernel

@@ -101,7 +101,8 @@ class SlicedKernel(Criterion):
             raise CalibrationError(
                 "no activations were gathered.",
                 where=f"group '{evidence.name}', criterion sliced_kernel",
-                fix="run calibration data through the model, or use measure='weights'.",
+                fix="run calibration data through the model; for experts and bare parameters, "
+                "of which no signals are kept, use measure='weights'.",
             )
         name = "weights" if self.measure == "weights" else "activations"
         seen = MEASURES[name](evidence, 2, "none", 1.0)

@@ -14,7 +14,7 @@ from torch_otprune.maps.samples import Samples
 from torch_otprune.statistics.moments import ridge_factor
 from torch_otprune.transport import gaussian
 
-__all__ = ["AffineMap", "bures_map", "least_squares_map"]
+__all__ = ["AffineMap", "bures_map", "least_squares_map", "with_moments"]
 
 
 @register
@@ -97,6 +97,27 @@ def least_squares_map(
     """
     found = torch.cholesky_solve(cross, ridge_factor(cov_x, ridge)).T
     return found, mean_y - found @ mean_x
+
+
+def with_moments(
+    matrix: Float[Tensor, "d d"], shift: Float[Tensor, " d"], samples: Samples
+) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]]:
+    """Give what a map writes the means and covariances of the target.
+
+    A distance of samples is mostly bias in many dimensions and falls where spread is lost, so a
+    map that was fitted to one loses spread.
+
+    Args:
+        matrix: of the map.
+        shift: its constant.
+        samples: source and target.
+
+    Returns:
+        matrix and shift of the map, followed by the one between Gaussians.
+    """
+    mean_x, cov_x = _moments(samples.x @ matrix.T + shift)
+    after, constant = bures_map(mean_x, cov_x, *_moments(samples.y))
+    return after @ matrix, after @ shift + constant
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

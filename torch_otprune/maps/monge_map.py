@@ -9,19 +9,20 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from torch_otprune.maps.affine import AffineMap
+from torch_otprune.maps.affine import AffineMap, with_moments
 from torch_otprune.maps.base import AffineFit, FittedMap, FreeFit, TransportMap, register
 from torch_otprune.maps.elastic import Elastic
 from torch_otprune.maps.gap import Cost, monge_gap
-from torch_otprune.maps.samples import Samples
+from torch_otprune.maps.samples import Samples, apart
 from torch_otprune.statistics.moments import ridge_factor
 from torch_otprune.transport import divergence
 
-__all__ = ["MongeMap"]
+__all__ = ["Descent", "MongeMap"]
 
 _HELD = 8  # one row in this many is held out, to stop on
 _LOOK = 10  # steps between looks at them
 _RIDGE = 1e-4
+_NEAR = "the closed form is as near as chance can tell, and stays"
 
 
 @register
@@ -31,7 +32,9 @@ class MongeMap(TransportMap):
     The fit is the squared error of pairs, or the squared debiased Sinkhorn distance without them.
     The gap is centred, so that it vanishes for every optimal map and its weight does not move the
     answer where one exists. Gradients hold the coupling still. What is best on held-out rows
-    stays, so a map never ends worse than it started there.
+    stays, so a map never ends worse than it started there. Without pairs, a start that is as near
+    to the target as halves of the target are to one another is kept, and an affine map gets the
+    target's second moments back.
 
     Limits: without pairs it needs many rows per dimension, and starts from the Bures map, which
     is hard to beat where laws are near Gaussian. The form `mlp` is not folded: it takes the place
@@ -64,12 +67,23 @@ class MongeMap(TransportMap):
         start = AffineMap().fitted(samples)
         assert isinstance(start, AffineFit)
         body = _Body.around(start, samples.x, self)
-        note = _Descent(self, samples, body).run()
+        near = samples.matched is None and _by_chance(start, samples)
+        note = _NEAR if near else Descent(self, samples, body, body.unit).run()
         common: dict[str, Any] = {"cost": self.ground, "start": start, "notes": (note,)}
         if self.form == "mlp":
             return FreeFit(self.kind, samples, **common, body=body.eval().requires_grad_(False))
         matrix, shift = body.affine()
+        if samples.matched is None:
+            matrix, shift = with_moments(matrix, shift, samples)
         return AffineFit(self.kind, samples, **common, matrix=matrix, shift=shift)
+
+
+def _by_chance(start: AffineFit, samples: Samples) -> bool:
+    """Tell whether two halves of the target are as far apart as the mapped source is."""
+    # The distance of samples is mostly bias then, which a map lowers by losing spread.
+    few = samples.shown
+    size = len(few.y) // 2
+    return apart(start(few.x[:size]), few.y[-size:]) <= samples.null
 
 
 class _Body(nn.Module):
@@ -124,14 +138,23 @@ class _Body(nn.Module):
 
 
 @dataclass
-class _Descent:
-    """Adam on batches, with an eye on held-out rows."""
+class Descent:
+    """Adam on batches, with an eye on held-out rows.
+
+    Args:
+        setting: weights, costs and steps.
+        samples: to fit to.
+        body: what is fitted; written, and left as it did best.
+        unit: spread of what it writes.
+    """
 
     setting: MongeMap
     samples: Samples
-    body: _Body
+    body: nn.Module
+    unit: float
 
     def run(self) -> str:
+        """Descend, and say how far."""
         generator = torch.Generator().manual_seed(self.setting.seed)
         learn, held = self._parts()
         adam = torch.optim.Adam(self.body.parameters(), lr=self.setting.rate)
@@ -169,7 +192,7 @@ class _Descent:
 
     def _loss(self, rows: Samples) -> Tensor:
         """Fit plus weighted gap, in units of the spread of the start."""
-        unit = self.body.unit
+        unit = self.unit
         x, y = (rows.x, rows.y) if rows.matched is None else rows.matched
         mapped = self.body(x)
         scale = unit**2 * y.shape[1]

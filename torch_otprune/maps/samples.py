@@ -122,10 +122,10 @@ def warn_of_few(samples: Samples) -> None:
     rows, width = min(len(samples.x), len(samples.y)), samples.y.shape[1]
     if rows >= _FEW * width:
         return
-    apart = f"{apart(samples.shown.x, samples.shown.y):.3g}" if samples.same else "unknown"
+    far = f"{apart(samples.shown.x, samples.shown.y):.3g}" if samples.same else "unknown"
     warnings.warn(
         f"{rows} samples in {width} dimensions are too few for a map: source and target are "
-        f"{apart} apart, random halves of the target {samples.null:.3g}. Pass at least "
+        f"{far} apart, random halves of the target {samples.null:.3g}. Pass at least "
         f"{_FEW * width} rows, or fit fewer channels.",
         stacklevel=3,
     )

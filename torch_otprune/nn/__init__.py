@@ -1,7 +1,7 @@
 """Layers that we bring."""
 
 from torch_otprune.nn.convex import FICNN, PICNN, InputConvex, NonNegative
-from torch_otprune.nn.depth import ChannelScale, LowRank, Skip, Zero
+from torch_otprune.nn.depth import ChannelScale, LowRank, Perceptron, Skip, Zero
 from torch_otprune.nn.recurrent import ICLRNN, ICLSTM, ICRNN
 from torch_otprune.nn.wiring import STREAM, Wiring, check_wiring, streamed, wired
 
@@ -15,6 +15,7 @@ __all__ = [
     "ChannelScale",
     "InputConvex",
     "LowRank",
+    "Perceptron",
     "NonNegative",
     "Skip",
     "Wiring",

@@ -1,4 +1,4 @@
-"""What may stand where a block or a branch was: nothing, a scale, a map of low rank."""
+"""What may stand where a block or a branch was: nothing, a scale, a small map."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from torch_otprune.errors import StructureError
 from torch_otprune.nn.wiring import Wiring, check_wiring, streamed, wired
 
-__all__ = ["ChannelScale", "LowRank", "Skip", "Zero"]
+__all__ = ["ChannelScale", "LowRank", "Perceptron", "Skip", "Zero"]
 
 _AXES = (-1, 1)  # tokens carry their channels last, pictures behind the batch
 
@@ -153,6 +154,52 @@ class LowRank(nn.Module):
     def extra_repr(self) -> str:
         """Say width and rank, and where the channels are not last."""
         return _described(self.wiring, f"{self.channels}, rank={self.rank}", axis=self.axis)
+
+
+class Perceptron(nn.Module):
+    """Stand for a block by a hidden layer: y = x + up gelu(down (x + centre)) + shift.
+
+    It starts as the identity, and trains from there: `up` is zero, `down` is not.
+
+    Args:
+        channels: width of the stream.
+        hidden: units; it costs 2 · channels · hidden MACs per position.
+        axis: the channel axis: -1, or 1 for pictures.
+        wiring: how the block returned its stream; see `check_wiring`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        axis: int = -1,
+        *,
+        wiring: str | Sequence[str | int | None] = "tensor",
+    ) -> None:
+        super().__init__()
+        self.channels, self.hidden = (
+            _check_size("channels", channels),
+            _check_size("hidden", hidden),
+        )
+        self.axis = _check_axis(axis)
+        self.wiring: Wiring = check_wiring(wiring)
+        self.up = nn.Parameter(torch.zeros(channels, hidden))
+        self.down = nn.Parameter(torch.empty(hidden, channels))
+        self.centre = nn.Parameter(torch.zeros(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+        nn.init.normal_(self.down, std=channels**-0.5)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add what the hidden layer writes to the stream."""
+        x = streamed(args, kwargs)
+        tokens = x.movedim(self.axis, -1)
+        bent = F.gelu((tokens + self.centre) @ self.down.T)
+        y = tokens + bent @ self.up.T + self.shift
+        return wired(self.wiring, y.movedim(-1, self.axis), args, kwargs)
+
+    def extra_repr(self) -> str:
+        """Say width and units, and where the channels are not last."""
+        return _described(self.wiring, f"{self.channels}, hidden={self.hidden}", axis=self.axis)
 
 
 def _check_axis(axis: int) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 
 from torch_otprune.criteria.layers.base import LayerCriterion
 from torch_otprune.criteria.layers.look import Look
+from torch_otprune.criteria.masks import UNTRAINED
 from torch_otprune.errors import BudgetError, PolicyError, StructureError
 from torch_otprune.plan.model import Drop, Plan, Refusal
 from torch_otprune.plan.propose import Candidate, Case, Offer, felt, proposes
@@ -198,10 +199,12 @@ def _candidates(case: Case, index: int, rule: Layers, blocks: Sequence[Block]) -
     chains = [case.observation.chain([b.name for b in run]) for run in runs(blocks)]
     prices = criterion.price(chains, look=_look(case, blocks), count=count)
     widths = _settled(prices, count)
-    return [
+    found = [
         _candidate(index, rule, block, prices[block.name], widths.get(block.name, (0, 1)))
         for block in blocks
     ]
+    untaught = UNTRAINED if criterion.learns else ""
+    return [replace(found[0], note=untaught), *found[1:]]
 
 
 def _settled_by(index: int, rule: Layers, block: Block, learnt: Learnt) -> Candidate:

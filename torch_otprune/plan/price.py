@@ -19,7 +19,7 @@ from torch_otprune.statistics.moments import ridge_factor
 __all__ = ["apart", "dropped", "foreseen", "refittable", "repaired", "weighted"]
 
 _RIDGE = 1e-3
-_MENDERS = 4  # refits behind a layer, beyond which more of them correct no more
+_MENDERS = 8  # refits behind a layer, beyond which more of them correct no more
 
 
 def repaired(ranking: Ranking, evidence: Evidence) -> Ranking:
@@ -50,7 +50,7 @@ def foreseen(evidence: Evidence, order: Sequence[str]) -> Evidence:
     """Let an error weigh less where layers behind it are refitted later, and make up for it.
 
     A price takes every layer alone, and a refit from front to back does not leave it alone: what
-    the layers behind see of an error, they correct. So it is divided by their number, up to four.
+    the layers behind see of an error, they correct. So it is divided by their number, up to eight.
 
     Args:
         evidence: the group.

@@ -18,7 +18,7 @@ class Replacement(Setting, ABC):
     """Say what stands in for a removed block. A subclass is one file."""
 
     aims: ClassVar[bool] = False  # whether the layer in front writes what the block would have
-    stand_in: ClassVar[Literal["scale", "low_rank"] | None] = (
+    stand_in: ClassVar[Literal["scale", "low_rank", "hidden"] | None] = (
         None  # the module that stays in the block's place
     )
 
@@ -51,11 +51,11 @@ class Replacement(Setting, ABC):
         if self.stand_in == "scale":
             return {"params": 2 * block.channels}
         rank = self.rank_for(block)
-        each = 2 * block.channels * rank
-        return {"params": each + block.channels, "macs": each * block.positions}
+        each, own = 2 * block.channels * rank, 2 if self.stand_in == "hidden" else 1
+        return {"params": each + own * block.channels, "macs": each * block.positions}
 
     def rank_for(self, block: Block) -> int:
-        """Choose the rank of a map that stands in; 0 where there is none.
+        """Choose the rank of a map that stands in, or its hidden units; 0 where there is none.
 
         Args:
             block: what goes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from torch_otprune.structure import trace
 from torch_otprune.structure.forward import batch_size, evaluating, run_checked
 from torch_otprune.structure.layers import Conv
 from torch_otprune.surgery.cut import put_
+from torch_otprune.surgery.undo import Snapshot
 
 __all__ = ["adapt_"]
 
@@ -65,7 +66,7 @@ def adapt_(
 
     Raises:
         CalibrationError: if a domain has no batches.
-        RepairError: if a layer cannot be mended, or none can; nothing is written then.
+        RepairError: if a layer cannot be mended, or none can; the model is as it was then.
     """
     chosen = MAPS.resolve(map)
     assert isinstance(chosen, TransportMap)
@@ -81,8 +82,12 @@ def adapt_(
     paths = _paths(patient, layers, side)
     look = _Look(side, rows, seed)
     wanted = look.rows(home, paths, reference)
-    mend = _Mend(patient, chosen, side, paired)
-    return tuple(mend(p, look.rows(model, [p], shifted)[p], wanted[p]) for p in paths)
+    mend, snapshot = _Mend(patient, chosen, side, paired), Snapshot(model)
+    try:
+        return tuple(mend(p, look.rows(model, [p], shifted)[p], wanted[p]) for p in paths)
+    except BaseException:
+        snapshot.restore_()
+        raise
 
 
 def _paths(patient: Patient, asked: Sequence[str] | None, side: str) -> list[str]:
@@ -132,14 +137,20 @@ class _Look:
         """Gather rows of every layer in one walk over the batches."""
         each = ceil(self.wanted / max(sum(map(batch_size, batches)), 1))
         found: dict[str, list[Tensor]] = {path: [] for path in paths}
+        last = len(paths) == 1  # what comes behind it need not run
         hooks = [
-            model.get_submodule(p).register_forward_hook(_Taken(self, p, each, found[p]))
+            model.get_submodule(p).register_forward_hook(_Taken(self, p, each, found[p], last))
             for p in paths
         ]
         with evaluating(model), torch.no_grad(), _removed(hooks):
             for index, batch in enumerate(batches):
-                run_checked(model, batch, index)
+                with suppress(_Seen):
+                    run_checked(model, batch, index)
         return {path: all_rows(torch.cat(parts)) for path, parts in found.items()}
+
+
+class _Seen(BaseException):
+    """Ends a run that has shown what it was for."""
 
 
 @contextmanager
@@ -157,11 +168,14 @@ class _Taken:
     path: str
     each: int
     found: list[Tensor] = field(default_factory=list)
+    last: bool = False
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         at = pick(positions(module, args[0]), self.each, self.path, self.look.seed)
         seen = rows(module, args[0], at) if self.look.side == "in" else output_rows(module, out, at)
         self.found.append(seen.detach().float().cpu())
+        if self.last:
+            raise _Seen
 
 
 @dataclass

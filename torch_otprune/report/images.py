@@ -90,8 +90,8 @@ def _first(batches: Sequence[Any]) -> Float[Tensor, "samples colours rows column
 def _shades(images: Tensor, low: float, high: float) -> Tensor:
     side = max(images.shape[2:])
     if side > _SIDE:
-        size = [max(1, round(_SIDE * s / side)) for s in images.shape[2:]]
-        images = F.adaptive_avg_pool2d(images, size)
+        height, width = (max(1, round(_SIDE * size / side)) for size in images.shape[2:])
+        images = F.adaptive_avg_pool2d(images, (height, width))
     span = high - low if high > low else 1.0
     shares = ((images - low) / span).nan_to_num(0.0).clamp(0, 1)
     return (255 * shares).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -80,19 +80,12 @@ def trainability(
             curve = rate and _curve(two, residual, wanted, rate=rate, steps=steps)
             held = _memory(one, two, krylov=_STEPS + 4)
     return Trainability(
-        dense=found.spectrum(before, 0),
-        pruned=found.spectrum(after, 1),
-        alignment=found.alignment(),
-        alignment_error=found.error(),
-        drift=found.drift(),
+        **found.numbers(before, after),
         speed=speed,
         rate_limit=limit,
         curve=curve or None,
-        shares=_shares(before, after),
         samples=one.samples,
         outputs=max(one.rows // max(one.samples, 1), 1),
-        probes=found.count,
-        exact=found.exact,
         engine=two.engine,
         memory=held,
         seconds=time.perf_counter() - start,
@@ -160,6 +153,19 @@ class _Found:
     def _sums(self) -> Float[Tensor, " three"]:
         table = torch.tensor(self.inner, dtype=torch.float64, device="cpu")
         return table.sum(0) if self.exact else table.mean(0)
+
+    def numbers(self, before: _Side, after: _Side) -> dict[str, Any]:
+        """Sum up what the probes say, by field of the comparison."""
+        return {
+            "dense": self.spectrum(before, 0),
+            "pruned": self.spectrum(after, 1),
+            "alignment": self.alignment(),
+            "alignment_error": self.error(),
+            "drift": self.drift(),
+            "shares": _shares(before, after),
+            "probes": self.count,
+            "exact": self.exact,
+        }
 
     def spectrum(self, side: _Side, number: int) -> Spectrum:
         """Sum one side up: the dense network is number 0."""

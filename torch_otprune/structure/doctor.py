@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch_otprune.structure.costs import computed
 from torch_otprune.structure.graph import Blocked, Graph, Group, Kind, Member, Term
 from torch_otprune.structure.layers import axes, bare
-from torch_otprune.structure.remedies import Obstacle, advice, obstacles
+from torch_otprune.structure.remedies import NAMED, Obstacle, advice, obstacles
 
 __all__ = ["FATES", "Ailment", "Fate", "Finding", "Ward", "ailments", "findings", "wards"]
 
@@ -188,7 +188,8 @@ def _is_output(blocked: Blocked) -> bool:
 
 
 def _fix(blocked: Blocked) -> str:
-    return _LEAVE if _is_output(blocked) else blocked.fix
+    other = not _is_output(blocked) or NAMED in blocked.reason
+    return blocked.fix if other else _LEAVE
 
 
 def _cut(model: nn.Module, groups: Sequence[Group]) -> Mapping[str, tuple[str, ...]]:

@@ -115,18 +115,18 @@ class Swap:
 
     Args:
         path: the module.
-        by: what stands in for it: `skip` hands its input on, `zero` writes zeros, `scale` and
-            `low_rank` write a cheap map of the input.
+        by: what stands in for it: `skip` hands its input on, `zero` writes zeros, `scale`,
+            `low_rank` and `hidden` write a cheap map of the input.
         wiring: how it returns.
         size: channels of what it writes.
         axis: where they are.
-        rank: of a `low_rank` map.
+        rank: of a `low_rank` map; units of a `hidden` layer.
         like: a linear layer that writes as many channels, also once some of them are cut; empty
             where none is known.
     """
 
     path: str
-    by: Literal["skip", "zero", "scale", "low_rank"]
+    by: Literal["skip", "zero", "scale", "low_rank", "hidden"]
     wiring: Wiring = "tensor"
     size: int = 0
     axis: int = 1

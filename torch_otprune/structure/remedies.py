@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Obstacle", "advice", "counted", "obstacles", "remedy"]
+__all__ = ["NAMED", "Obstacle", "advice", "counted", "obstacles", "remedy"]
 
+NAMED = "they are its '"  # one of several outputs
 _LEAVE = "nothing, if the output's width is the task's; otherwise add a head."
+_WRAP = "where that is not needed, wrap the model so that it returns the others alone."
 _BEHIND = "put a linear layer between these channels and the op, or leave them."
 _PLACES = "nothing: these are places, as of pixels or tokens, and no channels."
 _OTHER = "call the op in a module of its own behind a linear layer, or leave these channels."
@@ -17,6 +19,7 @@ _MISSED = "report the model: its analysis misses an op."
 # The start of a reason, as the analysis says it, to what would take it away.
 _REMEDIES = {
     "they reach the model's output": _LEAVE,
+    NAMED: _WRAP,
     "no layer consumes them": _LEAVE,
     "they only meet in a product": "leave them; if these are queries and keys of one head, let one "
     "linear layer write all heads, seen as (heads, size), and a rule otp.Heads takes whole heads.",
@@ -182,6 +185,8 @@ def remedy(reasons: Iterable[str]) -> str:
         one sentence for each change that is needed; where one obstacle cannot go, that it cannot.
     """
     fixes = dict.fromkeys(_obstacle(reason).fix for reason in reasons)
+    if _WRAP in fixes:
+        fixes.pop(_LEAVE, None)
     final = [fix for fix in fixes if fix.startswith("nothing")]
     return final[0] if final else advice(fixes)
 

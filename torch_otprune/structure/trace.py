@@ -35,7 +35,7 @@ from torch_otprune.structure.forward import (
 from torch_otprune.structure.graph import Blocked, Graph, Group, Kind, Member
 from torch_otprune.structure.layers import axes, axis_of, bare, channels, is_depthwise, is_linear
 from torch_otprune.structure.probe import Probe, probe
-from torch_otprune.structure.remedies import remedy
+from torch_otprune.structure.remedies import NAMED, remedy
 from torch_otprune.structure.routing import Visits
 from torch_otprune.structure.sites import find_sites
 from torch_otprune.structure.tally import Tally, tallied
@@ -295,12 +295,13 @@ def _against(component: Component) -> set[str]:
     """Read the reasons, and whether anybody reads the channels at all."""
     if any(side == "in" for _, side in component.sides):
         return component.reasons
-    if component.twice and not component.reasons & {_ANSWER}:
+    reasons = {said for said in component.reasons if not said.startswith(NAMED)}
+    if component.twice and not reasons & {_ANSWER}:
         names = " and ".join(map(repr, sorted(component.twice)))
-        return component.reasons | {f"{names} writes them and, transposed, is tied to read them"}
+        return reasons | {f"{names} writes them and, transposed, is tied to read them"}
     if component.inner:
-        return component.reasons | {"they only meet in a product of two activations"}
-    return component.reasons | {"no layer consumes them before the model's output"}
+        return reasons | {"they only meet in a product of two activations"}
+    return reasons | {"no layer consumes them before the model's output"}
 
 
 _ANSWER = "they reach the model's output"

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from torch_otprune.nn import ChannelScale, LowRank, Skip, Zero
+from torch_otprune.nn import ChannelScale, LowRank, Perceptron, Skip, Zero
 
 __all__ = ["NUMBERS", "Entry", "places", "renumber_", "silenced"]
 
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx")
-_STANDINS = (Skip, Zero, ChannelScale, LowRank)
+_STANDINS = (Skip, Zero, ChannelScale, LowRank, Perceptron)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torch_otprune.errors import PlanError
-from torch_otprune.nn import ChannelScale, LowRank, Skip, Zero
+from torch_otprune.nn import ChannelScale, LowRank, Perceptron, Skip, Zero
 from torch_otprune.plan.model import Drop
 from torch_otprune.structure.graph import Swap
 from torch_otprune.structure.layers import channels
@@ -17,7 +17,7 @@ from torch_otprune.surgery.standin import stand_in_
 
 __all__ = ["STAND_INS", "check_drops", "exchange_", "gone"]
 
-STAND_INS = (Skip, Zero, ChannelScale, LowRank)
+STAND_INS = (Skip, Zero, ChannelScale, LowRank, Perceptron)
 
 
 def exchange_(model: nn.Module, drops: Sequence[Drop]) -> None:
@@ -53,9 +53,10 @@ def _stand_in(swap: Swap) -> nn.Module:
         return Zero(swap.size, swap.wiring, axis=swap.axis)
     if swap.by == "scale":
         return ChannelScale(swap.size, swap.axis, wiring=swap.wiring)
-    if swap.by == "low_rank":
+    if swap.by in ("low_rank", "hidden"):
+        kind = LowRank if swap.by == "low_rank" else Perceptron
         with torch.random.fork_rng(devices=[]):  # its first values do not matter: it is fitted
-            return LowRank(swap.size, swap.rank, swap.axis, wiring=swap.wiring)
+            return kind(swap.size, swap.rank, swap.axis, wiring=swap.wiring)
     return Skip(swap.wiring)
 
 

@@ -182,7 +182,8 @@ class _Swap:
     open: list[list[tuple[int, Tensor]]] = field(default_factory=list)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.gates is not None:
+        # a compiled model keeps masks as they were when it was compiled: better none
+        if self.gates is not None and not torch.compiler.is_compiling():
             self.open.append(self.gates.enter(self.indices))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
@@ -203,20 +204,27 @@ class _Share:
     streams: list[Tensor | None] = field(default_factory=list)
 
     @property
+    def _idle(self) -> bool:
+        return self.gates is None or not self.gates.active or torch.compiler.is_compiling()
+
+    @property
     def silent(self) -> bool:
         return self.block is not None and self.block.swaps[0].by == "zero"
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Copy the stream, to which the block may add in place."""
-        if self.gates is None or not self.gates.active or self.silent:
+        if self._idle or self.silent:
             return
+        assert self.gates is not None
         self.gates.passes += torch.is_grad_enabled()
         stream = stream_of(args, kwargs)
         self.streams.append(None if stream is None else stream.clone())
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        if self.gates is None or self.block is None or not self.gates.active:
+        if self._idle:
             return None
+        assert self.gates is not None
+        assert self.block is not None
         written = first_of(out)
         assert written is not None
         mask = self.gates.masks[self.block.name].to(written.device, written.dtype)

@@ -20,7 +20,12 @@ from torch_otprune.statistics.depth import ChainEvidence
 
 __all__ = ["Transport"]
 
-_MAPS: dict[str, Replace] = {"identity": "identity", "scale": "scale", "low_rank": "scale"}
+_MAPS: dict[str, Replace] = {
+    "identity": "identity",
+    "scale": "scale",
+    "low_rank": "scale",
+    "monge_net": "scale",
+}
 
 
 @register

@@ -101,20 +101,16 @@ class Certificate:
         radius: how far the layer's answers may be from the dense ones, behind the rectifier: root
             of the summed squares over all outputs, averaged over rows.
         spent: how far they are; the identity coupling of both makes this a bound on their W2.
-        over: how much the largest inactive answer exceeds zero, in the same unit.
         gap: how far the l1 norm that was found may be above the least one, as a share of it;
             None where no dual point was found.
         growth: factor by which an error in front may grow, promised before the solution is known:
             the root of gamma in a cascade; None where each layer has a radius of its own.
-        iterations: of the solver, over all solves.
     """
 
     radius: float
     spent: float
-    over: float
     gap: float | None
     growth: float | None
-    iterations: int
 
 
 @dataclass(frozen=True)

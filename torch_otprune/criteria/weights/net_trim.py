@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from math import exp, log, sqrt
 from typing import Literal
@@ -31,12 +32,12 @@ from torch_otprune.policy.base import problem
 __all__ = ["NetTrim"]
 
 _WIDE = 1 << 20  # entries of x times outputs from which single precision does the solving
-_SOLVES = 8  # radii that are tried to reach a number of weights
-_ROUGH = 150  # rounds for each of them: only the support is wanted
+_SOLVES = 6  # radii that are tried to reach a number of weights
+_ROUGH = 120  # rounds for each of them: only the support is wanted
 _TURNS = 10  # rounds in which inactive targets follow the refit
 _ROOM = 1e-3  # of a radius: what rounding may add to it
 _TRIED = 0.1  # radius for a pattern, as a share of the answers
-_NEAR = 1.02  # times as many weights as asked are near enough
+_NEAR = 1.05  # times as many weights as asked are near enough
 _LEAST, _MOST = 1e-3, 0.9  # radii, as a share of the answers, between which to look
 
 
@@ -155,15 +156,15 @@ class _Work:
             told.shifts,
         )
         self.whole = whole
-        self.dense = self._whole_of(case.weight)
-        self.aim = self._whole_of(case.aim)
+        self.dense = self._whole_of(case.weight, told.own)
+        self.aim = self._whole_of(case.aim, told.target)
 
-    def _whole_of(self, weight: Tensor) -> Tensor:
-        """Bring a weight into the unit of the rows, with the intercept that suits it."""
+    def _whole_of(self, weight: Tensor, answers: Tensor) -> Tensor:
+        """Bring a weight into the unit of the rows, with the intercept that suits the answers."""
         scaled = (weight * self.told.scale[:, :, None]).mT
         if not self.told.shifts:
             return scaled
-        left = self.told.target - self.told.x[:, :, :-1] @ scaled
+        left = answers - self.told.x[:, :, :-1] @ scaled
         return torch.cat([scaled, left.mean(1, keepdim=True) / self.one], dim=1)
 
     def cost(self, weight: Tensor) -> float:
@@ -239,7 +240,8 @@ class _Work:
         program = replace(self.whole, target=self.told.x @ self.aim, roof=roof)
         own = (program.target * self.told.active).square().sum(1, keepdim=True)
         free = self.case.pattern.free
-        low, high, last, turns = log(_LEAST), log(_MOST), None, 0
+        low, high = log(_LEAST), log(_MOST)
+        last: Solved | None = None
         found: Tensor | None = None
         for _ in range(_SOLVES if free else 1):
             middle = (low + high) / 2 if free else log(_TRIED)
@@ -247,7 +249,6 @@ class _Work:
             last = self._solve(
                 replace(program, radius=exp(middle) * squares.sqrt()), last, rounds=_ROUGH
             )
-            turns += last.iterations
             count = int((self._matrix(last.weight) != 0).sum())
             if count >= self.case.amount:
                 found, low = last.weight, middle
@@ -257,7 +258,7 @@ class _Work:
                 break
         assert last is not None
         chosen = self._largest(last.weight if found is None else found)
-        return self._thinned(*chosen, replace(last, iterations=turns), None, None)
+        return self._thinned(*chosen, last, None, None)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """Leave the intercept out."""
@@ -282,7 +283,8 @@ class _Work:
         """Fit the weights of a mask behind the rectifier.
 
         Inactive targets follow the fit as long as it stays below the roof. Each round minimises
-        a bound of the error that touches it where the round began, so no round adds to it.
+        a bound of the error that touches it where the round began, so no round adds to it, but
+        for the ridge towards the weight to aim at.
 
         Returns:
             the best weight that was met.
@@ -311,38 +313,30 @@ class _Work:
         weight = weight.double()
         if self.setting.refit:
             weight = self._behind(self._with_intercept(mask), weight)
-        scale, root = self.told.scale[:, None, :], sqrt(self.rows)
+        scale = self.told.scale[:, None, :]
         usable = scale != 0
         plain = torch.where(usable, weight / torch.where(usable, scale, 1.0), 0.0)
-        near, over = behind(self.whole, weight)
-        certificate = Certificate(
-            radius=(sqrt(self.cost(weight)) if radius is None else radius) / root,
-            spent=sqrt(float(near.square().sum() + over.square().sum())) / root,
-            over=float(over.max()) if over.numel() else 0.0,
-            gap=_worst(solved.gap),
-            growth=growth,
-            iterations=solved.iterations,
-        )
+        proof = None
+        if radius is not None:
+            spent, root = sqrt(self.cost(weight)), sqrt(self.rows)
+            proof = Certificate(radius / root, spent / root, _worst(solved.gap), growth)
         return Thinned(
             self._matrix(plain).mT.contiguous(),
             plain[:, -1] * self.one if self.told.shifts else None,
-            certificate if radius is not None else None,
-            self._said(certificate, radius),
+            proof,
+            "; ".join(self._said(proof)),
         )
 
-    def _said(self, certificate: Certificate, radius: float | None) -> str:
+    def _said(self, proof: Certificate | None) -> Iterator[str]:
         """Tell what a reader should know."""
-        columns, said = self.told.x.shape[2], []
+        columns = self.told.x.shape[2]
         if self.rows < columns:
-            said.append(
-                f"only {self.rows} rows for {columns} inputs: what is zero may fit their noise"
+            yield f"only {self.rows} rows for {columns} inputs: what is zero may fit their noise"
+        if proof is not None and proof.spent > proof.radius * (1 + _ROOM):
+            yield (
+                f"the solver stopped outside of its radius: {proof.spent:.3g} of "
+                f"{proof.radius:.3g}; raise rounds"
             )
-        if radius is not None and certificate.spent > certificate.radius * (1 + _ROOM):
-            said.append(
-                f"the solver stopped outside of its radius: {certificate.spent:.3g} of "
-                f"{certificate.radius:.3g}; raise rounds"
-            )
-        return "; ".join(said)
 
 
 def _worst(gap: Tensor) -> float | None:

@@ -8,6 +8,7 @@ from torch_otprune.repair.replace.identity import Identity
 from torch_otprune.repair.replace.low_rank import LowRank
 from torch_otprune.repair.replace.mapped import Mapped
 from torch_otprune.repair.replace.monge_map import MongeMap
+from torch_otprune.repair.replace.monge_net import MongeNet
 from torch_otprune.repair.replace.scale import Scale
 from torch_otprune.repair.replace.sparse_map import SparseMap
 from torch_otprune.repair.replace.transport_map import AnyMap
@@ -21,6 +22,7 @@ __all__ = [
     "LowRank",
     "Mapped",
     "MongeMap",
+    "MongeNet",
     "Replacement",
     "Scale",
     "SparseMap",

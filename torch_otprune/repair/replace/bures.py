@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
+from torch_otprune.maps.fold import mapped_behind
 from torch_otprune.plan.replacement import register
 from torch_otprune.repair.base import Note, Patient
 from torch_otprune.repair.lockstep import Lockstep, Pause, Site
 from torch_otprune.repair.replace.base import Fitted, Paired, hand_norms_
-from torch_otprune.statistics.patches import full_weight, output_rows, pick, positions
+from torch_otprune.statistics.patches import output_rows, pick, positions
 from torch_otprune.statistics.reduce import all_sum_
-from torch_otprune.structure.layers import Conv, tensor
+from torch_otprune.structure.layers import Conv
 from torch_otprune.surgery.cut import put_
 from torch_otprune.transport import gaussian
 
@@ -86,9 +86,6 @@ class _Carry:
 
     def _write(self, module: nn.Module, path: str, matrix: Tensor, shift: Tensor) -> None:
         """Multiply the map into the layer; its constant goes where the layer's own goes."""
-        matrix, shift = matrix.to(torch.float64), shift.to(torch.float64)
-        weight = full_weight(module)
-        bias = getattr(module, "bias", None)
-        own = torch.zeros_like(shift) if bias is None else bias.detach().double().cpu()
-        put_(module, "weight", (matrix.to(weight) @ weight).reshape(tensor(module, "weight").shape))
-        self.patient.shift_(path, (matrix @ own + shift - own).to(weight))
+        weight, moved = mapped_behind(module, matrix, shift)
+        put_(module, "weight", weight)
+        self.patient.shift_(path, moved)

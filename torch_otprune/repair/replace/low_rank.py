@@ -32,7 +32,7 @@ class LowRank(Fitted):
     Source: Izenman 1975 for the regression; ours for its use.
     """
 
-    stand_in: ClassVar[Literal["scale", "low_rank"] | None] = "low_rank"
+    stand_in: ClassVar[Literal["scale", "low_rank", "hidden"] | None] = "low_rank"
     kind: Literal["low_rank"] = "low_rank"
     rank: int = Field(default=8, ge=1, description="rank of the map, at most the width")
 

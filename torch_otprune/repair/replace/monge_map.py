@@ -34,7 +34,7 @@ class MongeMap(Mapped):
         if value.form != "affine":
             raise problem(
                 f"a map of form {value.form!r} cannot be folded.",
-                fix="use the form 'affine', or replace='monge_net' for a small module of its own.",
+                fix="use the form 'affine', or replace='monge_net' for a layer of its own.",
             )
         return value
 

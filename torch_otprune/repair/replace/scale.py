@@ -23,7 +23,7 @@ class Scale(Fitted):
     Source: the diagonal case of a linear stand-in (LinearPatch, Chen et al. 2025), with a shift.
     """
 
-    stand_in: ClassVar[Literal["scale", "low_rank"] | None] = "scale"
+    stand_in: ClassVar[Literal["scale", "low_rank", "hidden"] | None] = "scale"
     kind: Literal["scale"] = "scale"
 
     def apply_(self, patient: Patient) -> tuple[Note, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -113,12 +113,27 @@ def components(
             if visits is not None:
                 output += visits.runs(lambda: run(model, example))
         tie_steps(model, ledger)
-        for tensor in flat_tensors(output):
-            for labels in ledger.fact(tensor).fields:
-                ledger.forest.object(core(labels), "output", "they reach the model's output")
+        _answer(ledger, output)
     _square(ledger)
     tally.roots = ledger.forest.roots(torch.arange(ledger.forest.size, device="cpu")).numpy()
     return _collect(model, ledger, idle)
+
+
+def _answer(ledger: Ledger, outputs: list[Any]) -> None:
+    """Keep what a caller reads; of several named outputs, say which."""
+    for tensor in flat_tensors(outputs):
+        for labels in ledger.fact(tensor).fields:
+            ledger.forest.object(core(labels), "output", "they reach the model's output")
+    for name, value in (pair for output in outputs for pair in _entries(output)):
+        for tensor in flat_tensors(value):
+            for labels in ledger.fact(tensor).fields:
+                ledger.forest.object(core(labels), "output", f"they are its '{name}'")
+
+
+def _entries(output: Any) -> list[tuple[str, Any]]:
+    """List the outputs of a model that names several."""
+    named = list(output.items()) if isinstance(output, Mapping) else []
+    return named if sum(bool(flat_tensors(value)) for _, value in named) > 1 else []
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
