@@ -10,7 +10,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_otprune as otp
-from benchmarks.common import environment, write_json
+from benchmarks.common import environment, markdown, write_json
 from torch_otprune.structure import trace
 
 LAYERS = (8, 16, 32, 64)
@@ -122,6 +122,32 @@ def exponent(rows: Sequence[dict[str, Any]], name: str) -> float:
     return round(above / sum((x - mean_x) ** 2 for x, _ in points), 3)
 
 
+def page(payload: Mapping[str, Any]) -> str:
+    """Write the tables.
+
+    Args:
+        payload: what `main` wrote.
+
+    Returns:
+        markdown: forward passes by depth and length, then the powers of growth.
+    """
+    ratios = [
+        [r["tokens"], r["layers"], f"{1e3 * r['seconds']['forward']:.0f}"]
+        + [f"{r[f'{name} per forward']:.1f}" for name in ("analysis", "all")]
+        for r in payload["rows"]
+    ]
+    head = ["tokens", "layers", "forward, ms", "analysis, forwards", "analysis and plan, forwards"]
+    powers = [
+        [tokens, *(f"{found[name]:.2f}" for name in ("forward", "analysis", "all"))]
+        for tokens, found in payload["exponents"].items()
+    ]
+    grown = ["tokens", "forward", "analysis", "analysis and plan"]
+    about = payload["environment"]
+    note = f"Made by `benchmarks/growth.py` at {about['commit']} on one thread of {about['cpu']}."
+    lead = "Time grows with this power of the number of layers:"
+    return "\n\n".join([markdown(head, ratios), lead, markdown(grown, powers), note]) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every depth at every length, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -140,10 +166,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for t in asked.tokens
     }
     shape = {"width": WIDTH, "hidden": HIDDEN, "heads": HEADS, "groups": GROUPS, "words": WORDS}
-    write_json(
-        asked.out,
-        {"environment": environment(seed=0), "model": shape, "rows": rows, "exponents": growth},
-    )
+    payload = {
+        "environment": environment(seed=0),
+        "model": shape,
+        "rows": rows,
+        "exponents": growth,
+    }
+    write_json(asked.out, payload)
+    asked.out.with_suffix(".md").write_text(page(payload))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 from benchmarks import growth
 
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "growth.json"
 MOST = 20  # forward passes, of a text of 128 tokens through 64 layers
 
 
@@ -37,3 +38,11 @@ def test_a_time_that_is_a_power_of_the_layers_has_that_exponent() -> None:
 def test_analysis_and_plan_of_64_layers_take_at_most_20_forward_passes() -> None:
     row = growth.row(64, 128, repeats=5)
     assert row["all per forward"] <= MOST
+
+
+def test_the_published_table_stays_below_20_forward_passes_and_grows_linearly() -> None:
+    payload = json.loads(RESULTS.read_text())
+    assert {row["layers"] for row in payload["rows"]} == set(growth.LAYERS)
+    assert all(row["all per forward"] <= MOST for row in payload["rows"])
+    assert all(found["all"] <= 1.1 for found in payload["exponents"].values())
+    assert RESULTS.with_suffix(".md").read_text() == growth.page(payload)
