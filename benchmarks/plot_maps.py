@@ -105,8 +105,9 @@ def picture(found: Mapping[tuple[str, str], Rows], path: Path, *, y: str) -> Non
     for axis, net in zip(axes[0], nets, strict=True):
         mine = {name: rows for (n, name), rows in found.items() if n == net}
         for name, rows in mine.items():
-            if name == "none":
-                axis.axhline(mean(rows, "test"), linestyle="--", color="gray", label="dense")
+            if name == "none" or name.startswith("fine-tuned"):
+                label = "dense" if name == "none" else name
+                axis.axhline(mean(rows, "test"), linestyle="--", color="gray", label=label)
                 continue
             seconds = max(mean(rows, "seconds"), 0.1)
             axis.plot(seconds, mean(rows, "test"), _mark(name), label=name)

@@ -16,6 +16,7 @@ from tests.cases import CASES
 from torch_otprune.attach.needs import needs_of
 from torch_otprune.criteria import NTK
 from torch_otprune.errors import CalibrationError, PolicyError
+from torch_otprune.repair import sparsify
 from torch_otprune.statistics import Evidence, tangents
 from torch_otprune.statistics.ntk_sap import sap_masks, sap_scores, weights_of
 from torch_otprune.statistics.tangents import Tangent, tangent
@@ -355,3 +356,45 @@ def test_what_cannot_be_scored_says_why(call: Callable[[], None], problem: str, 
     with pytest.raises(CalibrationError) as error:
         call()
     assert problem in error.value.problem and where in error.value.where and error.value.fix
+
+
+def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """Listen to the scores that a rule about weights asks for."""
+    heard: list[dict[str, Tensor]] = []
+
+    def listening(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        heard.append(sap_scores(*args, **kwargs))
+        return heard[-1]
+
+    monkeypatch.setattr(sparsify, "sap_scores", listening)
+    return heard
+
+
+def test_the_rule_for_weights_keeps_the_largest_scores_of_every_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard = told(monkeypatch)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
+    batches = [torch.randn(4, 2, 4, 4) for _ in range(2)]
+    otp.prune_(model, otp.Policy(rules=[otp.Weights(keep="25%", criterion="ntk")]), batches)
+    (scores,) = heard
+    for path in ("0", "3"):
+        weight, score = model.get_submodule(path).weight, scores[f"{path}.weight"]
+        kept = score.flatten().argsort(descending=True)[: weight.numel() // 4]
+        assert set(kept.tolist()) == set(weight.flatten().nonzero().flatten().tolist())
+
+
+def test_layers_whose_weights_lie_across_are_scored_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
+    heard = told(monkeypatch)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    batches = [{"input_ids": torch.randint(0, 20, (2, 6))}]
+    path = "transformer.h.0.mlp.c_fc"
+    rule = otp.Weights(targets=path, keep="50%", criterion="ntk")
+    otp.prune_(model, otp.Policy(rules=[rule]), batches)
+    weight, score = model.get_submodule(path).weight, heard[0][f"{path}.weight"]
+    assert int((weight != 0).sum()) == weight.numel() // 2
+    assert float(score[weight == 0].max()) <= float(score[weight != 0].min())

@@ -134,7 +134,7 @@ def test_a_plan_says_how_many_stay_and_survives_json() -> None:
     assert report.plan == plan
 
 
-@pytest.mark.parametrize("kind", ["magnitude", "wanda"])
+@pytest.mark.parametrize("kind", ["magnitude", "wanda", "ntk"])
 def test_masked_equals_zeroed(kind: str) -> None:
     model = mlp()
     dense = copy.deepcopy(model)

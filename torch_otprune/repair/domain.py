@@ -85,7 +85,7 @@ def adapt_(
     mend, snapshot = _Mend(patient, chosen, side, paired), Snapshot(model)
     try:
         return tuple(mend(p, look.rows(model, [p], shifted)[p], wanted[p]) for p in paths)
-    except BaseException:
+    except BaseException:  # handed on, once the model is as it was
         snapshot.restore_()
         raise
 

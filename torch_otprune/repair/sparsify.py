@@ -20,11 +20,12 @@ from torch_otprune.repair.lockstep import Lockstep, Pause, Site
 from torch_otprune.repair.readings import Reading, Sums
 from torch_otprune.repair.rectified import rectified
 from torch_otprune.repair.zeros import LayerZeros
+from torch_otprune.statistics.ntk_sap import sap_scores
 from torch_otprune.statistics.reduce import all_sum_
 from torch_otprune.structure import batch_size
 from torch_otprune.structure.layers import tensor
 from torch_otprune.surgery.cut import put_
-from torch_otprune.surgery.thin import check_zeros, matrices, shaped
+from torch_otprune.surgery.thin import check_zeros, laid, matrices, shaped
 
 __all__ = ["mask_", "samples", "sparsify_"]
 
@@ -89,6 +90,7 @@ class _Thinner:
     plan: Plan
     rectified: frozenset[str] = frozenset()
     done: dict[str, LayerZeros] = field(default_factory=dict)
+    saliency: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def waiting(self) -> dict[str, Thinning]:
@@ -102,7 +104,13 @@ class _Thinner:
         return found
 
     def look(self, sites: Sequence[Site]) -> None:
-        """Find out what rectifiers let through, where a criterion makes use of that."""
+        """Find out what is read off the whole model at once, where a criterion asks for it."""
+        if any("saliency" in self.criterion(self.waiting[s.path]).needs for s in sites):
+            scores = sap_scores(
+                self.patient.dense, self.patient.batches, seed=self.plan.policy.seed
+            )
+            all_sum_(list(scores.values()))
+            self.saliency = scores
         wanted = [s for s in sites if "rows" in self.criterion(self.waiting[s.path]).needs]
         if wanted:
             few = self.patient.batches[0]
@@ -150,6 +158,7 @@ class _Thinner:
         centred = read.offset and criterion.refits
         rows = "rows" in criterion.needs
         told = read.told(rectified=entry.layer in self.rectified) if rows else None
+        saliency = self.saliency.get(f"{entry.layer}.weight")
         return WeightCase(
             path=entry.layer,
             weight=read.weight,
@@ -160,6 +169,7 @@ class _Thinner:
             pattern=Pattern.read(entry.pattern),
             rows=sums.count,
             samples=told,
+            saliency=None if saliency is None else laid(read.module, saliency),
         )
 
     def _write(self, entry: Thinning, read: Reading, sums: Sums, found: Thinned) -> None:

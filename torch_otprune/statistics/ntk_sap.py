@@ -21,7 +21,7 @@ from torch_otprune.structure.forward import (
     outside_inference,
     run,
 )
-from torch_otprune.structure.layers import Conv
+from torch_otprune.structure.layers import Conv, is_dense
 
 __all__ = ["sap_masks", "sap_scores", "weights_of"]
 
@@ -35,8 +35,8 @@ def weights_of(model: nn.Module) -> tuple[str, ...]:
     Returns:
         names of parameters, each once.
     """
-    kinds = (nn.Linear, Conv)
-    own = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
+    layers = (m for m in model.modules() if is_dense(m) or isinstance(m, Conv))
+    own = {id(m.weight) for m in layers}
     return tuple(name for name, p in model.named_parameters() if id(p) in own)
 
 

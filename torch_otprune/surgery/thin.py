@@ -16,7 +16,7 @@ from torch_otprune.structure.layers import Conv, is_dense, lies_across, tensor
 from torch_otprune.surgery.copied import copied
 from torch_otprune.surgery.cut import cut_
 
-__all__ = ["check_thinned", "check_zeros", "matrices", "shaped", "thinned"]
+__all__ = ["check_thinned", "check_zeros", "laid", "matrices", "shaped", "thinned"]
 
 _COUNTED = (
     "zeros are parameters: params and MACs count them, and nothing runs faster by them but on "
@@ -131,10 +131,22 @@ def matrices(module: nn.Module) -> Tensor:
     Returns:
         groups x outputs x (taps times input channels), in its own type.
     """
+    return laid(module, tensor(module, "weight"))
+
+
+def laid(module: nn.Module, values: Tensor) -> Tensor:
+    """Lay one number per weight out as `matrices` lays the weights.
+
+    Args:
+        module: dense layer or convolution.
+        values: of the shape of its weight.
+
+    Returns:
+        groups x outputs x (taps times input channels).
+    """
     groups, out, width, taps = shape_of(module)
-    weight = tensor(module, "weight")
-    weight = weight.T if lies_across(module) else weight
-    return weight.reshape(groups, out, width, taps).transpose(2, 3).flatten(2)
+    values = values.T if lies_across(module) else values
+    return values.reshape(groups, out, width, taps).transpose(2, 3).flatten(2)
 
 
 def shaped(module: nn.Module, found: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ from torch_otprune.criteria.weights.base import (
 from torch_otprune.criteria.weights.dtp import DTP
 from torch_otprune.criteria.weights.magnitude import Magnitude
 from torch_otprune.criteria.weights.net_trim import NetTrim
+from torch_otprune.criteria.weights.ntk import NTK
 from torch_otprune.criteria.weights.sparsegpt import SparseGPT
 from torch_otprune.criteria.weights.wanda import Wanda
 
 __all__ = [
     "ALPS",
     "DTP",
+    "NTK",
     "Certificate",
     "Magnitude",
     "NetTrim",

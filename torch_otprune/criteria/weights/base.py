@@ -28,7 +28,7 @@ __all__ = [
     "register",
 ]
 
-WeightNeed = Literal["moments", "rows"]
+WeightNeed = Literal["moments", "rows", "saliency"]
 Mode = Literal["cascade", "sequential", "parallel"]
 register = WEIGHT_CRITERIA.register
 
@@ -80,6 +80,8 @@ class WeightCase:
         pattern: where zeros may lie.
         rows: how many rows were averaged.
         samples: rows themselves, for a criterion that needs them.
+        saliency: what each weight does to the trace of the tangent kernel, for a criterion that
+            needs it.
     """
 
     path: str
@@ -91,6 +93,7 @@ class WeightCase:
     pattern: Pattern
     rows: int = 0
     samples: Samples | None = None
+    saliency: _Weight | None = None
 
 
 @dataclass(frozen=True)
