@@ -41,6 +41,7 @@ __all__ = [
 
 PACKAGES = ("torch-otprune", "torch", "torch-pruning", "numpy", "scipy", "pydantic", "safetensors")
 MIB = 1024.0**2
+COLOURS = 10
 
 
 @dataclass
@@ -293,9 +294,10 @@ def save_picture(path: Path, panels: Sequence[Panel], *, x: str, y: str) -> None
 
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
-        for label, points in panel.series.items():
+        for number, (label, points) in enumerate(panel.series.items()):
             xs, means, spread = zip(*sorted(points), strict=True)
-            axis.errorbar(xs, means, yerr=spread, marker="o", capsize=3, label=label)
+            mark = "o-" if number < COLOURS else "s--"  # no two series look alike
+            axis.errorbar(xs, means, yerr=spread, fmt=mark, capsize=3, label=label)
         if panel.level is not None:
             axis.axhline(panel.level, linestyle="--", color="gray", label="dense")
         axis.set(title=panel.title, xlabel=x, ylabel=y)

@@ -33,6 +33,7 @@ PICTURED = (
     "generator",
     "methods_cifar10",
     "mpc",
+    "weights_mlp_cifar",
 )
 OURS = {
     "default": "transport/all/budget/least_squares",

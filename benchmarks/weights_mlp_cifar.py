@@ -48,6 +48,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude, refit": {"kind": "magnitude", "refit": True},
     "wanda": {"kind": "wanda"},
     "wanda, refit": {"kind": "wanda", "refit": True},
+    "ntk": {"kind": "ntk"},
+    "ntk, refit": {"kind": "ntk", "refit": True},
     "sparsegpt, sequential": {"kind": "sparsegpt", "mode": "sequential"},
     "sparsegpt, cascade": {"kind": "sparsegpt"},
     "alps, sequential": {"kind": "alps", "mode": "sequential"},
