@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,11 @@ def test_a_time_that_is_a_power_of_the_layers_has_that_exponent() -> None:
 
 @pytest.mark.zoo
 def test_analysis_and_plan_of_64_layers_take_at_most_20_forward_passes() -> None:
-    row = growth.row(64, 128, repeats=5)
-    assert row["all per forward"] <= MOST
+    # in a process of its own: in this one every call is type-checked
+    code = "import torch; torch.set_num_threads(1); from benchmarks import growth; "
+    code += "print(growth.row(64, 128, repeats=5)['all per forward'])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert float(said.stdout.split()[-1]) <= MOST
 
 
 def test_the_published_table_stays_below_20_forward_passes_and_grows_linearly() -> None:

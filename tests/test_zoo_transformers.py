@@ -84,7 +84,7 @@ FOUND = {
     "modernbert": (2, 2, 0),
     "xlm": (2, 2, 0),
     "flaubert": (2, 2, 0),
-    "xlnet": (2, 0, 0),
+    "xlnet": (4, 0, 0),
     "funnel": (3, 0, 0),
     "gpt": (2, 2, 1),
     "gpt2": (2, 2, 1),
@@ -236,6 +236,8 @@ _SAYS_WHAT = (
     "no layer consumes",
     "into one unit",
     "compete in",
+    "product of two activations",
+    "is tied to read",
     "the router",
 )
 
