@@ -4,7 +4,7 @@ Expected: planning 100 000 units of 64 numbers takes minutes on one core and les
 trees find nine of ten neighbours where units come in kinds, fewer where they fill all directions
 evenly, and there what they find instead is a few per cent further away.
 
-    python benchmarks/wide_groups.py            # all sizes, some ten minutes on one idle core
+    python benchmarks/wide_groups.py            # all sizes, some three minutes of one core
     python benchmarks/wide_groups.py --quick    # seconds
 """
 

@@ -280,7 +280,7 @@ def test_weights_that_are_not_finite_are_refused(measure: Any, bad: float) -> No
 def test_signals_that_were_not_gathered_are_asked_for(measure: Any) -> None:
     with pytest.raises(CalibrationError) as error:
         CPOT(measure=measure).rank(evidence(draw(6, 9)))
-    assert error.value.problem == "no activations were gathered."
+    assert error.value.problem == "no activations were gathered of what reads this group."
     assert error.value.fix == "run calibration data through the model, or use measure='weights'."
 
 

@@ -28,11 +28,11 @@ from torch_otprune.criteria.layers.sites import entropy_bits
 from torch_otprune.criteria.layers.spans import RIDGES, ridge_regression, span_costs
 from torch_otprune.errors import CalibrationError, PolicyError
 from torch_otprune.policy.registry import LAYER_CRITERIA
-from torch_otprune.statistics.depth import ChainEvidence, SiteEvidence
+from torch_otprune.statistics.depth import ChainEvidence, SiteEvidence, SiteFold
 
 KINDS = sorted(LAYER_CRITERIA)
 STREAM = ("angular", "block_influence", "gaussian", "lacoot", "max_sliced", "transport")
-SITES = ("easier", "entropy", "stein", "tlc")
+SITES = ("easier", "entropy", "space_folds", "stein", "tlc")
 SEARCHED = ("lacoot", "max_sliced")  # random directions meet the channels in their order
 RELATIVE = ("angular", "block_influence", "gaussian", "max_sliced")
 
@@ -64,7 +64,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def site(z: Tensor, function: str = "relu", **known: Any) -> SiteEvidence:
     """Pool the sums of an activation: observations x channels."""
     phi = ACTIVATIONS[function](z)
-    settings: dict[str, Any] = {"norm": None, "reads": None, "magnitude": None, **known}
+    fold = SiteFold(0.5, 0.2, 0.1, 0.6, 0.3, 0.05, paths=8)
+    settings: dict[str, Any] = {"norm": None, "reads": None, "magnitude": None, "fold": fold}
+    settings |= known
     return SiteEvidence(
         name="act",
         function=function,

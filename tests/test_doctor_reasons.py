@@ -277,3 +277,9 @@ def test_a_kernel_that_wants_whole_vectors_is_met_by_a_multiple() -> None:
     assert (
         counted(said, (32,)) == "give the rule a multiple_of: 4 in float32, 8 in a type of 16 bits."
     )
+
+
+def test_the_path_of_a_module_is_no_width_that_was_written() -> None:
+    said = "without it the model does not run: shapes do not match, in 'blocks.32.mix'"
+    assert counted(said, (32,)).endswith("instead of writing a number.")
+    assert counted(said.replace("do not", "of 32 do not"), (32,)).endswith("the number 32.")

@@ -29,6 +29,7 @@ from torch_otprune.structure.graph import CostModel, Dim, Term
 from torch_otprune.training.linearised import Linearised
 from torch_otprune.training.pool import Pool, Price, Seat
 from torch_otprune.transport import soft_topk
+from torch_otprune.transport.threshold import threshold
 
 D = torch.float64
 CPU = torch.device("cpu")
@@ -151,11 +152,35 @@ def test_the_scores_move_along_the_gradient_of_sinkhorn() -> None:
     torch.testing.assert_close(moved[0].double(), want, atol=1e-5, rtol=1e-4)
 
 
+def test_with_costs_the_scores_move_along_the_difference_quotient_of_the_loss() -> None:
+    eps, budget = 0.4, 7.0
+    costs = torch.tensor([1.0] * 4 + [3.0] * 4, dtype=D)
+    start = torch.linspace(-1, 1, 8, dtype=D)[torch.randperm(8)]
+    found = Pool([Seat("a", start[:4], (0, 4)), Seat("b", start[4:], (0, 4))], None, CPU)
+    found.push_(eps, keeps=True)
+    found.solve_([Price((1.0, 3.0), budget)])
+    v, s = torch.randn(8, dtype=D), found.scores.double()
+
+    def loss(scores: Tensor) -> float:
+        logits = 2 * scores / eps
+        at = threshold([logits], budget, costs=[costs]).at
+        return float(torch.dot(v, torch.sigmoid(logits - at)))
+
+    far = 1e-4 * torch.eye(8, dtype=D)
+    want = torch.tensor([(loss(s + f) - loss(s - f)) / 2e-4 for f in far], dtype=D)
+    moved: list[Tensor] = []
+    found._descend_ = lambda slope, lr, step: moved.append(slope)  # type: ignore[method-assign]
+    leaf = found.masks()
+    leaf["a"].grad, leaf["b"].grad = v[:4].float(), v[4:].float()
+    assert found.learn_(leaf, eps, lr=0.1, step=1)
+    torch.testing.assert_close(moved[0].double(), want, atol=1e-5, rtol=1e-4)
+
+
 def test_gradients_that_overflowed_move_nothing() -> None:
     found = pool()
     before, leaf = found.scores.clone(), found.masks()
     leaf["a"].grad = torch.full((8,), float("inf"))
-    found.learn_(leaf, 1.0, lr=0.1, step=1)
+    assert not found.learn_(leaf, 1.0, lr=0.1, step=1)
     assert torch.equal(found.scores, before)
 
 
@@ -177,6 +202,13 @@ def test_a_budget_empties_no_group() -> None:
     found.solve_([Price((1.0, 1.0), 8.5)])
     assert found.widths()["b"] == pytest.approx(6, abs=1e-3)
     assert found.widths()["a"] >= 2 - 1e-3
+
+
+def test_where_nothing_may_go_all_masks_are_one() -> None:
+    found = pool(None, floor=8)
+    found.push_(1.0, keeps=True)
+    found.solve_([Price((1.0,), 3.0)])
+    assert bool((found.flat == 1).all())
 
 
 def test_slopes_are_finite_differences_of_the_exact_cost() -> None:
@@ -590,6 +622,58 @@ def test_units_that_a_shared_weight_reads_stay_whole() -> None:
         masked = search(attached).masks
         assert not {"first", "second"} & set(masked)
         attached.harden()
+
+
+@pytest.mark.parametrize("name", ["eps", "lr"])
+@pytest.mark.parametrize(
+    ("value", "wanted"), [(-1.0, "greater than 0"), (0, "greater than 0"), ("x", "a valid number")]
+)
+def test_a_setting_that_is_not_above_zero_is_refused(name: str, value: Any, wanted: str) -> None:
+    with pytest.raises(PolicyError, match=f"no valid {name}: .* 'auto' or {wanted}") as error:
+        otp.Channels(criterion=dtp(**{name: value}))
+    assert error.value.where == f"Channels.criterion.{name}"
+
+
+@pytest.mark.parametrize("name", ["eps", "lr"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_setting_that_is_no_number_is_refused(name: str, value: float) -> None:
+    with pytest.raises(PolicyError, match=f"no valid {name}: it should be 'auto' or a finite"):
+        otp.Channels(criterion=dtp(**{name: value}))
+
+
+def test_masks_that_were_hardened_before_any_step_say_what_decided() -> None:
+    model, (x, _) = net(), data()
+    with otp.attach(model, policy(params="40%"), example=x[:2]) as attached:
+        attached.harden()
+        notes = attached.plan().notes
+    assert any("dtp saw no training step" in note for note in notes)
+    assert not any("hard since" in note for note in notes)
+
+
+def test_gradients_that_were_no_numbers_are_told() -> None:
+    model, batch = net(), data()
+    asked = policy(params="40%")
+    with otp.attach(model, asked, example=batch[0][:2]) as attached:
+        train(attached, model, batch, 4)
+        for _ in range(2):  # the optimiser skips the steps
+            (F.cross_entropy(model(batch[0]), batch[1]) * torch.nan).backward()
+            attached.step()
+        model.zero_grad()
+        assert attached.state_dict()["masks"]["lost"] == 2
+        train(attached, model, batch, 6)
+        notes = attached.plan().notes
+    assert any("in 2 of them a gradient was NaN or infinite" in note for note in notes)
+
+
+def test_a_state_with_masks_is_refused_without_an_example(
+    soft: tuple[otp.Attached, nn.Module],
+) -> None:
+    with (
+        otp.attach(net(), policy(params="40%")) as attached,
+        pytest.raises(PolicyError, match="no example was given") as error,
+    ):
+        attached.load_state_dict(soft[0].state_dict())
+    assert error.value.where.startswith("Attached.load_state_dict")
 
 
 def test_a_step_without_an_example_is_refused() -> None:

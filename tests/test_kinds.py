@@ -142,7 +142,7 @@ def test_a_repair_mends_or_says_why_not(name: str, kind: str, repair: str) -> No
 
 STEPS = {"reconstruct"}
 MENDS = {"least_squares", "reconstruct"}
-SILENT = {"none", "recurrent"}  # the latter is about layers that are not there
+SILENT = {"none"}
 
 
 def test_a_scale_that_is_not_there_is_told() -> None:

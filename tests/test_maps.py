@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import warnings
@@ -28,8 +29,10 @@ from torch_otprune.maps.controller import DualController, within_budget
 from torch_otprune.maps.domain_map import class_coupling
 from torch_otprune.maps.elastic import CONVEX_L0
 from torch_otprune.maps.flow import Critic, force, jkos
+from torch_otprune.maps.fold import known_side
 from torch_otprune.maps.gap import cost_matrix, paid
 from torch_otprune.maps.mbo import fit_mbo
+from torch_otprune.maps.samples import Samples
 from torch_otprune.policy.registry import MAPS
 from torch_otprune.transport import coupling, divergence, sqdist
 
@@ -624,15 +627,18 @@ def test_classes_keep_the_mass_of_a_point_together() -> None:
     assert spread(1.0) < 0.7 * spread(0.0)
 
 
-def test_classes_turn_a_map_the_right_way_round() -> None:
-    # Two classes whose shares differ between domains: laws alone send one into the other.
-    generator = torch.Generator().manual_seed(0)
-    kinds = torch.rand(400, generator=generator) < 0.5
-    y = cloud(400, 2) * 0.3 + torch.where(kinds[:, None], 2.0, -2.0)
-    shift = torch.tensor([0.5, 0.5], dtype=DOUBLE)
-    x = y.flip(0) - shift
-    moved = DomainMap(method="coupled").fit(x, y, labels=kinds.long())(x)
-    assert float((moved - x - shift).square().sum(1).mean().sqrt()) < 0.25
+def test_classes_of_the_home_domain_bring_a_shifted_one_nearer() -> None:
+    # Two classes side by side; the shift carries one half way to the other.
+    kinds = torch.arange(400) % 2
+    y = cloud(400, 2) * 0.3 + torch.where(kinds[:, None] == 1, 1.0, -1.0)
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=DOUBLE)
+    x = y.roll(1, 0) @ turn
+
+    def off(weight: float) -> float:
+        found = DomainMap(method="coupled", classes=weight).fit(x, y, labels=kinds)
+        return float((found(x) - y.roll(1, 0)).square().sum(1).mean())
+
+    assert off(0.5) < 0.5 * off(0.0)
 
 
 @pytest.mark.parametrize(
@@ -674,8 +680,7 @@ def test_the_force_is_minus_the_gradient_of_half_the_squared_divergence() -> Non
     x, y = cloud(20, 2).requires_grad_(), cloud(20, 2, seed=1) + 2
     half = divergence(x, y, eps=0.05).square() / 2
     (slope,) = torch.autograd.grad(half, x)
-    heat = 0.05  # both terms at one temperature: clouds far apart have different mean costs
-    found = force(x.detach(), y, eps=heat)
+    found = force(x.detach(), y, eps=0.05)  # each term at its own temperature
     cosine = torch.nn.functional.cosine_similarity(found.flatten(), -slope.flatten(), dim=0)
     assert float(cosine) > 0.99
 
@@ -706,6 +711,7 @@ def test_the_variational_flow_comes_nearer() -> None:
 def test_points_move_with_the_nearest_particle() -> None:
     x, y = cloud(50, 2), cloud(50, 2, seed=1) + 3
     found = Flow(form="points", anchors=2).fit(x, y)
+    assert float((found(x) - x).norm(dim=1).min()) > 1
     near = x + 1e-9
     torch.testing.assert_close(found(near) - near, found(x) - x)
 
@@ -722,3 +728,88 @@ def test_a_start_as_near_as_chance_is_kept_and_the_report_says_so() -> None:
     found, start = MongeMap().fit(x, y), AffineMap().fit(x, y)
     torch.testing.assert_close(found(x), start(x))
     assert "as near as chance can tell" in str(found.report)
+
+
+# What a review found
+
+
+def k_support(z: Tensor, k: int) -> float:
+    """Half the squared k-support norm, by the closed form of Argyriou et al. 2012."""
+    size = z.abs().sort(descending=True).values
+    for r in range(k):
+        rest = float(size[k - r - 1 :].sum()) / (r + 1)
+        above = math.inf if k - r - 1 == 0 else float(size[k - r - 2])
+        if above > rest >= float(size[k - r - 1]) - 1e-12:
+            return float(size[: k - r - 1].square().sum() + (r + 1) * rest**2) / 2
+    raise AssertionError("no split fits")
+
+
+@given(st.integers(1, 5), st.integers(0, 1000))
+@settings(max_examples=40)
+def test_the_overlap_penalty_is_half_the_squared_k_support_norm(k: int, seed: int) -> None:
+    z = cloud(1, 5, seed)[0]
+    penalty = float(Elastic(reg="koverlap", k=k).penalty(z))
+    assert penalty == pytest.approx(k_support(z, k), rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 9])
+def test_a_residue_next_to_zero_does_not_change_the_overlap_s_step(k: int) -> None:
+    cost = Elastic(reg="koverlap", weight=0.5, k=k)
+    v = torch.tensor([2.0, 1.0, 0.0, 0.0], dtype=DOUBLE)
+    for residue in (1e-300, 1e-30, 1e-12):
+        near = v + torch.tensor([0.0, 0.0, residue, residue], dtype=DOUBLE)
+        torch.testing.assert_close(cost.prox(near), cost.prox(v))
+    if k == 1:  # shares 5/6 and 1/6: v times share over share plus weight
+        wanted = torch.tensor([1.25, 0.25, 0.0, 0.0], dtype=DOUBLE)
+        torch.testing.assert_close(cost.prox(v), wanted)
+
+
+def test_a_gap_by_an_unknown_solver_or_cost_is_refused() -> None:
+    x, bare = cloud(5, 2), inspect.unwrap(monge_gap)  # without the tests' own check of types
+    with pytest.raises(TransportError) as error:
+        bare(x, x, solver="guess")  # type: ignore[arg-type]
+    assert error.value.problem == "'guess' is no solver of the gap." and error.value.fix
+    with pytest.raises(TransportError) as error:
+        inspect.unwrap(cost_matrix)(x, x, "manhattan")  # type: ignore[arg-type]
+    assert error.value.problem == "'manhattan' is no cost of a displacement."
+
+
+def test_a_budget_that_no_weight_meets_is_refused_instead_of_missed() -> None:
+    # a point at the rim has all targets on one side and moves at any weight of l1
+    x = cloud(50, 3)
+    with pytest.raises(TransportError) as error:
+        SparseMap(solver="mbo", budget=0).fit(x, cloud(50, 3, seed=1) + 1)
+    assert "leaves as few as 0 coordinates moved" in error.value.problem
+    assert "raise the budget" in error.value.fix
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_pairs_are_no_map(kind: str) -> None:
+    pairs = torch.tensor([[0, 0], [1, 1], [2, 2]])
+    with pytest.raises(TransportError) as error:
+        made(kind).fit(cloud(50, 2), cloud(50, 2), pairs)
+    assert error.value.problem == "3 pairs are too few for a map."
+
+
+def test_few_pairs_among_many_rows_warn() -> None:
+    x = cloud(200, 8)
+    with pytest.warns(UserWarning, match="12 samples in 8 dimensions are too few"):
+        AffineMap().fit(x, x, torch.arange(12)[:, None].expand(12, 2))
+
+
+def test_pairs_that_are_no_tensor_are_refused() -> None:
+    with pytest.raises(TransportError) as error:
+        Samples.read(cloud(20, 2), cloud(20, 2), "yes")  # type: ignore[arg-type]
+    assert error.value.problem == "pairs of type str match no rows."
+
+
+def test_an_unknown_side_is_refused() -> None:
+    with pytest.raises(RepairError) as error:
+        known_side("both", "fold_into")
+    assert error.value.problem == "'both' is no side of a layer."
+    assert error.value.where == "fold_into, argument side"
+
+
+def test_a_fitted_map_shows_its_numbers_and_not_its_samples() -> None:
+    found = AffineMap().fit(cloud(50, 2), cloud(50, 2, seed=1))
+    assert "matrix=" in repr(found) and "samples=" not in repr(found)

@@ -143,3 +143,17 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(
     with pytest.raises(TransportError):
         adapt_(net, [images(0)], [shifted(images(1))])
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("rows", [0, True, 2.5])
+def test_a_number_of_rows_that_fits_nothing_is_refused(net: Net, rows: object) -> None:
+    with pytest.raises(CalibrationError) as error:
+        adapt_(net, [images(0)], [images(1)], rows=rows)  # type: ignore[arg-type]
+    assert error.value.problem == f"rows is {rows!r}."
+
+
+def test_a_side_that_no_layer_has_is_refused(net: Net) -> None:
+    with pytest.raises(RepairError) as error:
+        adapt_(net, [images(0)], [images(1)], side="both")  # type: ignore[arg-type]
+    assert error.value.problem == "'both' is no side of a layer."
+    assert error.value.where == "adapt_, argument side"

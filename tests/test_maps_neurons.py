@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -89,3 +91,22 @@ def test_too_few_inputs_are_refused() -> None:
     with pytest.raises(TransportError) as error:
         flow_neurons(first, torch.relu, second, inputs=x[:4], width=6)
     assert error.value.problem == "4 inputs cannot tell 6 hidden units apart."
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [({"energy": "guess"}, "'guess' is no energy of units."), ({"step": 0.0}, "step is 0.0.")],
+)
+def test_settings_that_mean_nothing_are_refused(setting: dict[str, object], problem: str) -> None:
+    first, second, x = pair(12)
+    bare = inspect.unwrap(flow_neurons)  # without the tests' own check of types
+    with pytest.raises(TransportError) as error:
+        bare(first, torch.relu, second, inputs=x, width=4, **setting)  # type: ignore[arg-type]
+    assert error.value.problem == problem
+
+
+def test_a_layer_that_is_not_linear_is_refused() -> None:
+    _, second, x = pair(12)
+    with pytest.raises(RepairError) as error:
+        inspect.unwrap(flow_neurons)(nn.Conv1d(5, 12, 1), torch.relu, second, inputs=x, width=4)  # type: ignore[arg-type]
+    assert error.value.problem == "a Conv1d is no linear layer."

@@ -91,7 +91,7 @@ def test_the_certificate_names_every_reader_and_what_it_is_off_by() -> None:
     said = NetTrim().certify(evidence(c), keep)
     order = torch.tensor([1, 2, 5, 0, 3, 4])
     left = float(refit_errors(c.weight, c.second, order, 1e-3)[3]) ** 0.5
-    assert said == f"refitted, W2 moves at most: 'reader' by {left:.3g}"
+    assert said == f"refitted, this cut alone moves W2 at most: 'reader' by {left:.3g}"
 
 
 def test_a_program_that_is_cut_short_says_so() -> None:

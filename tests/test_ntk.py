@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -92,6 +93,14 @@ def test_random_signs_agree_with_the_jacobian_of_many_outputs() -> None:
     exact = {k: j.square().sum(0) for k, j in jacobian(model, x).items()}
     assert found.trace == pytest.approx(sum(float(s.sum()) for s in exact.values()), rel=0.05)
     torch.testing.assert_close(found.squares["0.weight"], exact["0.weight"], rtol=0.35, atol=1e-3)
+
+
+def test_errors_of_few_draws_cancel_between_samples() -> None:
+    model, many = bumpy(8), draw(64, 2, 5, 5, seed=1)
+    exact = sum(float(j.square().sum()) for j in jacobian(model, many).values())
+    found = [tangents(model, [many], draws=1, seed=s).trace / exact for s in range(3)]
+    alone = [tangents(model, [many[:1]], draws=1, seed=s).trace for s in range(3)]
+    assert max(found) / min(found) < 1.15 < max(alone) / min(alone)
 
 
 def test_batches_do_not_matter() -> None:
@@ -368,6 +377,20 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
 
     monkeypatch.setattr(sparsify, "sap_scores", listening)
     return heard
+
+
+def test_what_the_rule_keeps_is_hardly_a_matter_of_the_seed() -> None:
+    model, x = bumpy(3), draw(6, 2, 5, 5)
+    kept = []
+    for seed in (0, 1):
+        net = copy.deepcopy(model)
+        rule = otp.Weights(keep="50%", criterion="ntk")
+        otp.prune_(net, otp.Policy(rules=[rule], seed=seed), [x])
+        kept.append(net[3].weight != 0)
+    same = float((kept[0] & kept[1]).sum() / kept[0].sum())
+    once = [sap_scores(model, [x], seed=s)["3.weight"].flatten() for s in (0, 1)]
+    top = [set(s.topk(len(s) // 2).indices.tolist()) for s in once]
+    assert 0.7 < same < 1 and same > len(top[0] & top[1]) / len(top[0])
 
 
 def test_the_rule_for_weights_keeps_the_largest_scores_of_every_layer(

@@ -97,11 +97,13 @@ def test_a_layer_in_a_loop_is_refitted_to_what_the_dense_net_writes() -> None:
     torch.testing.assert_close(wide(data[0]), net(data[0]), rtol=1e-5, atol=1e-6)
 
 
-def test_a_net_without_loops_is_left_alone() -> None:
+def test_a_net_without_loops_is_left_alone_and_the_report_says_so() -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double()
     policy = otp.Policy(rules=otp.Channels(keep="50%", criterion="magnitude", repair="recurrent"))
     report = otp.prune_(net, policy, [torch.randn(32, 4, dtype=torch.float64)], timing=0)
-    assert report.repairs == ()
+    (note,) = report.repairs
+    assert note.note == "no dense layer that lost inputs runs more than once per forward pass"
+    assert (note.site, note.accepted) == ("model", False)
 
 
 @pytest.mark.parametrize("sweeps", [1, 3])

@@ -213,7 +213,7 @@ def test_without_data_the_criterion_says_so() -> None:
     made = replace(made, consumers=(replace(made.consumers[0], signals=None),))
     with pytest.raises(CalibrationError) as error:
         SlicedKernel().rank(made)
-    assert "no activations were gathered" in error.value.problem
+    assert error.value.problem == "no activations were gathered of what reads this group."
     assert "sliced_kernel" in error.value.where and "measure='weights'" in error.value.fix
 
 

@@ -15,7 +15,9 @@ from torch_otprune.plan import Cut
 from torch_otprune.structure import Graph, trace
 from torch_otprune.surgery import Snapshot, compared, cut_, gap
 
-pytest.importorskip("transformers", reason="Transformers is not installed")
+T5ForConditionalGeneration = pytest.importorskip(
+    "transformers", reason="Transformers is not installed"
+).T5ForConditionalGeneration
 
 
 def built(name: str) -> tuple[Any, Any, Graph]:
@@ -181,3 +183,18 @@ def test_a_failure_names_the_line_of_the_users_code() -> None:
     assert far == float("inf")
     assert "shape '[2, 5, 24]' is invalid" in reason
     assert "(at test_surgery_attributes.py:" in reason
+
+
+def test_as_many_heads_as_channels_in_each_are_told_apart_by_their_names() -> None:
+    entry = transformers_text.ENTRIES["t5"]
+    config = entry.build().config
+    config.num_heads = config.d_kv = 4
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config).double().eval()
+    graph = trace(model, entry.example())
+    cuts = halves(graph, ["heads"])
+    assert cuts
+    assert compared(model, cuts, entry.example())[0] < 1e-9
+    cut_(model, cuts)
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    assert (attention.n_heads, attention.key_value_proj_dim, attention.inner_dim) == (2, 4, 8)

@@ -366,6 +366,10 @@ def test_an_output_can_be_picked() -> None:
         ({"probes": 0}, "0 probes", "argument probes"),
         ({"targets": [torch.zeros(7)]}, "do not fit outputs", "argument targets"),
         ({"targets": []}, "do not fit outputs", "argument targets"),
+        ({"targets": [torch.tensor([0, 3, 1, 2])]}, "class 3 is none of the 3", "argument targets"),
+        ({"targets": [torch.tensor([0, -100, 1, 2])]}, "class -100 is none", "argument targets"),
+        ({"targets": [torch.full((4, 3), torch.inf)]}, "a target is NaN", "argument targets"),
+        ({"batches": {"x": torch.zeros(2, 4)}}, "of type dict", "argument batches"),
         ({"batches": [torch.full((2, 4), float("nan")).double()]}, "NaN or infinity", "batches"),
     ],
 )
@@ -377,6 +381,12 @@ def test_what_cannot_be_measured_is_refused(
     with pytest.raises(CalibrationError) as error:
         otp.trainability(dense, small, batches, **change)
     assert problem in error.value.problem and where in error.value.where and error.value.fix
+
+
+def test_one_tensor_is_one_batch() -> None:
+    dense, small, x = nn.Linear(4, 3).double(), nn.Linear(4, 3).double(), draw(4, 4)
+    one, two = (otp.trainability(dense, small, b, steps=0) for b in (x, [x]))
+    assert one.samples == 4 and one.alignment == two.alignment
 
 
 class Words(nn.Module):

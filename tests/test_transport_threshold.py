@@ -14,8 +14,9 @@ from scipy.special import expit
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.test_trial import peak
 from torch_otprune.errors import TransportError
-from torch_otprune.transport.threshold import PASSES, fill_, threshold
+from torch_otprune.transport.threshold import _CHUNKS, BINS, PASSES, fill_, threshold
 
 D = torch.float64
 
@@ -142,3 +143,29 @@ def test_a_budget_out_of_range_is_refused(budget: float) -> None:
 def test_no_scores_at_all_are_refused() -> None:
     with pytest.raises(TransportError, match="there is nothing to choose from"):
         threshold([torch.empty(0)], 1.0)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_softness_that_is_not_above_zero_is_refused(eps: float) -> None:
+    with pytest.raises(TransportError, match="is not above 0 and finite"):
+        threshold([torch.zeros(2)], 1.0, eps=eps)
+
+
+@pytest.mark.parametrize("cost", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("each", [False, True])
+def test_a_cost_that_is_not_above_zero_is_refused(cost: float, each: bool) -> None:
+    costs = [torch.tensor([3.0, cost])] if each else [cost]
+    with pytest.raises(TransportError, match="a cost is not above 0"):
+        threshold([torch.zeros(2)], 1.0, costs=costs)
+
+
+def test_whole_numbers_are_costs_as_well() -> None:
+    x = torch.randn(9, dtype=D)
+    assert threshold([x], 6.0, costs=[2]).at == threshold([x], 6.0, costs=[2.0]).at
+
+
+def test_a_histogram_is_added_up_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred chunks, each with its own histogram, would be 13 MB at once."""
+    monkeypatch.setitem(_CHUNKS, "cpu", 1000)
+    scores = scores_of("normal", 100_000, 3, torch.float32)
+    assert 0 < peak(lambda: threshold([scores], 30_000.0)) < 8 * 8 * BINS

@@ -504,5 +504,69 @@ def test_the_structured_form_certifies_what_its_cut_moves() -> None:
     reason = report.plan.cuts[0].reason
     promised = float(reason.rpartition("'4' by ")[2])
     far = float((model(x) - dense(x)).square().sum(1).mean().sqrt().detach())
-    assert "refitted, W2 moves at most: '4' by" in reason
+    assert "refitted, this cut alone moves W2 at most: '4' by" in reason
     assert far <= promised * 1.02
+
+
+def test_a_certificate_is_about_one_cut_alone() -> None:
+    """Two cuts on one path move more than the last one's certificate: that is what alone means."""
+    model, x = mlp(width=24), torch.cat(data(8))
+    dense = copy.deepcopy(model)
+    rule = otp.Channels(targets=["0", "2"], keep="50%", criterion="net_trim")
+    report = pruned(model, [rule], [x])
+    assert all("this cut alone moves W2 at most" in cut.reason for cut in report.plan.cuts)
+    promised = float(report.plan.cuts[-1].reason.rpartition("'4' by ")[2])
+    far = float((model(x) - dense(x)).square().sum(1).mean().sqrt().detach())
+    assert far > promised
+
+
+@pytest.mark.parametrize("kind", ["alps", "sparsegpt", "net_trim"])
+@pytest.mark.parametrize("x", [torch.full((32, 8), 3.3), torch.randn(1, 8)], ids=["same", "one"])
+def test_inputs_that_never_vary_are_an_error_and_no_constant(kind: str, x: Tensor) -> None:
+    model = mlp()
+    before = state(model)
+    with pytest.raises(CalibrationError, match="no input of '0' varies") as error:
+        pruned(model, otp.Weights(keep=0.5, criterion=kind), [x.double()])
+    assert "criterion='magnitude'" in error.value.fix and same(state(model), before)
+
+
+def test_wanda_needs_inputs_that_are_not_all_zero() -> None:
+    rule = otp.Weights(keep=0.5, criterion="wanda")
+    with pytest.raises(CalibrationError, match="no input of '0' varies"):
+        pruned(mlp(), rule, [torch.zeros(8, 8).double()])
+    assert pruned(mlp(), rule, [torch.ones(8, 8).double()]).zeros[0].left == 64
+
+
+def test_some_inputs_that_never_vary_are_counted_in_the_report() -> None:
+    x = torch.cat(data(8))
+    x[:, 2:5] = 7.5
+    report = pruned(mlp(), otp.Weights(targets="0", keep=0.5), [x])
+    assert "'0': 3 of 8 inputs never vary on the calibration data" in str(report)
+
+
+def test_a_layer_that_is_left_without_weights_is_named() -> None:
+    report = pruned(mlp(), otp.Weights(targets="2", criterion={"kind": "net_trim", "w2": 1e3}))
+    assert report.zeros[0].left == 0
+    assert "'2': no weight is left, so it writes a constant" in str(report)
+
+
+def test_few_rows_are_no_matter_of_a_criterion_that_fits_nothing() -> None:
+    report = pruned(mlp(), otp.Weights(keep=0.5, criterion="wanda"), [data(8)[0][:6]])
+    assert not any("rows for" in entry.note for entry in report.zeros)
+
+
+def test_errors_of_net_trim_are_measured_behind_the_rectifier() -> None:
+    model, x = mlp(), torch.cat(data(8))
+    dense = copy.deepcopy(model)
+    setting = {"kind": "net_trim", "mode": "parallel"}
+    (entry,) = pruned(model, otp.Weights(targets="2", keep=0.5, criterion=setting), [x]).zeros
+    ours, theirs = (net[:4](x).detach() for net in (model, dense))
+    assert entry.error is not None and entry.masked is not None and entry.distance is not None
+    # a unit that is on may be written below zero, where the rectifier hides the rest
+    assert float((ours - theirs).norm() / theirs.norm()) <= entry.error < entry.masked
+    assert entry.distance == pytest.approx(entry.error * float(theirs.norm()) / len(x) ** 0.5)
+
+
+def test_two_rules_that_fit_equally_closely_name_the_layer() -> None:
+    error = refuse(otp.Policy(rules=[otp.Weights(keep=0.5), otp.Weights(keep=0.3)]))
+    assert "two rules fit '0' equally closely" in error.problem

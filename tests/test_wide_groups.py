@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import torch_otprune as otp
 from benchmarks import wide_groups
 from torch_otprune.criteria import SlicedKernel, Transport
+from torch_otprune.criteria.base import Ranking
 from torch_otprune.criteria.transport import ground_cost
 from torch_otprune.criteria.wide import candidate_costs
 from torch_otprune.errors import CalibrationError, TransportError
@@ -107,17 +108,29 @@ def test_points_that_coincide_are_no_crash(method: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("method", ["exact", "trees"])
+@pytest.mark.parametrize("unit", [2.0**-80, 2.0**70])
+def test_the_unit_of_points_does_not_matter(method: Any, unit: float) -> None:
+    points = draw(300, 4).float()
+    one, two = (nearest(points * u, 3, method=method) for u in (1.0, unit))
+    assert torch.equal(one.index, two.index)
+    torch.testing.assert_close(one.distance * unit, two.distance, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
-    ("points", "count", "problem"),
+    ("points", "count", "more", "problem"),
     [
-        (torch.zeros(1, 3), 2, "single point"),
-        (torch.zeros(4, 3), 0, "count"),
-        (torch.full((4, 3), float("nan")), 2, "points"),
+        (torch.zeros(1, 3), 2, {}, "single point"),
+        (torch.zeros(4, 3), 0, {}, "count"),
+        (torch.full((4, 3), float("nan")), 2, {}, "points"),
+        (torch.zeros(9, 3), 2, {"trees": 0}, "trees"),
     ],
 )
-def test_what_has_no_neighbours_is_refused(points: Tensor, count: int, problem: str) -> None:
+def test_what_has_no_neighbours_is_refused(
+    points: Tensor, count: int, more: dict[str, Any], problem: str
+) -> None:
     with pytest.raises(TransportError) as error:
-        nearest(points, count)
+        nearest(points, count, **more)
     assert problem in f"{error.value.problem} {error.value.where}" and error.value.fix
 
 
@@ -246,6 +259,35 @@ def test_a_refit_that_would_not_fit_is_refused_before_anything_is_cut() -> None:
     assert "a refit on 60 units would take" in error.value.problem
     assert "'0'" in error.value.where and "repair='none'" in error.value.fix
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_coupling_that_would_not_fit_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    otp.prune_(network(), policy("coupling"), [draw(32, 6)])  # of so few units it fits
+    monkeypatch.setattr("torch_otprune.plan.price.WIDE", 50)
+    with pytest.raises(CalibrationError) as error:
+        otp.prune_(model, policy("coupling"), [draw(32, 6)])
+    assert "a coupling on 60 units would take" in error.value.problem
+    assert model[0].out_features == 60
+
+
+def test_a_plan_by_rows_of_few_samples_says_so() -> None:
+    with otp.attach(network(), policy()) as attached:
+        plan = otp.observe(attached, [draw(1, 6)]).plan()
+    assert any("only 1 calibration samples were seen" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("units", [40, 700])  # within a block, and over several
+@pytest.mark.parametrize("absorbs", [True, False])
+def test_what_dropping_costs_is_that_of_adding_up_one_by_one(units: int, absorbs: bool) -> None:
+    made = evidence(units=units, absorbs=absorbs, wide=True)
+    order, reader = torch.randperm(units), made.consumers[0]
+    assert reader.signals is not None
+    rows = reader.signals - reader.signals.mean(0) if absorbs else reader.signals
+    written = rows[:, :, None] * reader.felt()[:, :, 0].T
+    tails = written[:, order].flip(1).cumsum(1).square().sum(2).mean(0).flip(0)
+    found = dropped(Ranking(order, torch.zeros(units + 1)), made).curve
+    torch.testing.assert_close(found, torch.cat([tails, tails.new_zeros(1)]))
 
 
 def test_a_criterion_that_needs_all_pairs_says_so() -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         prunable,
     )
     from torch_otprune.repair.domain import adapt_
-    from torch_otprune.report import Report, Trainability, trainability
+    from torch_otprune.report import Folds, Report, Trainability, folds, trainability
     from torch_otprune.store import load, save, undo_
 
 __version__ = "0.1.0"
@@ -47,6 +47,7 @@ __all__ = [
     "Channels",
     "Diagnosis",
     "Experts",
+    "Folds",
     "Heads",
     "Hidden",
     "Layers",
@@ -65,6 +66,7 @@ __all__ = [
     "certify",
     "doctor",
     "export",
+    "folds",
     "load",
     "observe",
     "prunable",

@@ -389,7 +389,7 @@ def _guarded(repair: Repair | Fitted, patient: Patient, since: _Since | None = N
             return [Note(repair.kind, "model", before, before, accepted=False, text=text)]
         notes.append(Note(repair.kind, "model", None, None, accepted=True, text=text))
     after = distance(patient.dense, patient.small, patient.batches[:_GUARD])
-    if after <= before:
+    if after <= before or (isinstance(repair, Repair) and repair.apart):
         return notes
     snapshot.restore_()
     text = f"the output's squared error would rise from {before:.2e} to {after:.2e}"

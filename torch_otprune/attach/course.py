@@ -177,11 +177,7 @@ class Course:
                 fix="call step before remove, inside the `with` block; or attach again.",
             )
         if learning(self.policy) and self.masked is None:
-            raise PolicyError(
-                "criterion 'dtp' trains masks from the first step on, and no example was given.",
-                where=where,
-                fix="pass example= to attach, one batch as the model takes it.",
-            )
+            raise self._no_example("Attached.step")
         if self.rounds is None and not self.trains:
             raise PolicyError(
                 "this policy has no schedule and no penalty: step would never prune.",
@@ -189,6 +185,13 @@ class Course:
                 fix="write Policy(..., schedule=otp.Schedule(at=[500])), or leave step out and "
                 "call attached.plan() and otp.apply_.",
             )
+
+    def _no_example(self, asked: str) -> PolicyError:
+        return PolicyError(
+            "criterion 'dtp' trains masks from the first step on, and no example was given.",
+            where=f"{asked}, {type(self.model).__name__}",
+            fix="pass example= to attach, one batch as the model takes it.",
+        )
 
     def harden(self) -> None:
         """End the search of masks now."""
@@ -321,7 +324,9 @@ class Course:
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Let penalties and masks go on where they were, once they are at work again."""
-        if self.masked is not None and state.get("masks") is not None:
-            self.masked.load_state_dict(state["masks"])
+        if (masks := state.get("masks")) is not None:
+            if self.masked is None:
+                raise self._no_example("Attached.load_state_dict")
+            self.masked.load_state_dict(masks)
         for pressure, known in zip(self.pressures, state["pressures"], strict=True):
             pressure.load_state_dict(known)

@@ -10,6 +10,7 @@ from torch import nn
 
 from torch_otprune.attach.ahead import ahead
 from torch_otprune.attach.needs import needs_of, reached, wide_of
+from torch_otprune.attach.paths import folded
 from torch_otprune.plan import owned_blocks, owned_sites
 from torch_otprune.policy import Layers, Policy
 from torch_otprune.statistics import (
@@ -141,6 +142,7 @@ def told(
     policy: Policy,
     probes: Reservoir,
     *,
+    graph: Graph,
     paths: Sequence[str],
 ) -> Observation:
     """Run the probes once more for criteria that look at whole laws or at gradients.
@@ -150,6 +152,7 @@ def told(
         model: the dense model.
         policy: the declaration.
         probes: samples to run.
+        graph: the model's analysis.
         paths: the consumers.
 
     Returns:
@@ -163,6 +166,8 @@ def told(
         heard = hear(model, narrow, kept, seed=policy.seed) if narrow else {}
         more = hear(model, wide, kept, rows=WIDE_ROWS, seed=policy.seed) if wide else {}
         found = replace(found, signals=heard | more)
+    if "folds" in needs:
+        found = folded(found, model, policy, graph=graph, probes=probes)
     if "tangents" in needs:
         felt = tangents(model, probes.batches(), draws=DRAWS, seed=policy.seed)
         found = replace(found, tangents=felt)

@@ -295,7 +295,7 @@ class Attached:
                 seed=policy.seed,
                 loose=loose(model, graph, reached(model, policy, graph)),
             )
-            return told(found, model, policy, self._probes, paths=self._paths)
+            return told(found, model, policy, self._probes, graph=graph, paths=self._paths)
 
     def _rows(self, graph: Graph, paths: tuple[str, ...]) -> dict[str, dict[str, int]]:
         return rows(self.model, self.policy, graph, self._probes.size, paths=paths)

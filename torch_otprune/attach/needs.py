@@ -36,9 +36,11 @@ def looks_at_channels(policy: Policy) -> bool:
 def needs_of(policy: Policy) -> frozenset[str]:
     """Collect the statistics that the chosen criteria, repairs and weighting ask for."""
     layers = [rule.criterion for rule in policy.rules if isinstance(rule, Layers)]
+    lines = [rule.criterion for rule in policy.rules if isinstance(rule, Linearize)]
     needs: set[str] = {"chains"} if layers else set()
     needs |= {need for c in layers if isinstance(c, LayerCriterion) for need in c.needs}
-    needs |= {"lines"} if any(isinstance(rule, Linearize) for rule in policy.rules) else set()
+    needs |= {"lines"} if lines else set()
+    needs |= {n for c in lines if isinstance(c, LayerCriterion) for n in c.needs & {"folds"}}
     # masks that training made hard are priced no more
     units = [
         rule

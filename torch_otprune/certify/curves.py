@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_otprune.certify.facts import Facts
+from torch_otprune.certify.facts import UNBOUNDED, Facts
 
 __all__ = ["CURVES", "Curve", "apply_curve"]
 
-_INF = 1e100
+_SWITCH = 20.0  # from here on a softplus and its line differ by rounding only
 
 
 class Curve(NamedTuple):
@@ -26,6 +26,7 @@ class Curve(NamedTuple):
         pos: whether it is never negative.
         even: whether it is symmetric about zero, and so rises where its input is not negative.
         logs: whether its logarithm is convex and rises.
+        half: whether it has values only where its input is not negative.
     """
 
     cvx: bool
@@ -35,6 +36,7 @@ class Curve(NamedTuple):
     pos: bool = False
     even: bool = False
     logs: bool = False
+    half: bool = False
 
 
 def _fixed(*values: Any, **flags: bool) -> Callable[..., Curve]:
@@ -51,19 +53,30 @@ def _elu(*args: Any, **kwargs: Any) -> Curve:
     return Curve(0 <= alpha <= 1, False, min(0.0, alpha), max(1.0, alpha), pos=alpha <= 0)
 
 
-def _clamp(*args: Any, **kwargs: Any) -> Curve | None:
+def _celu(*args: Any, **kwargs: Any) -> Curve | None:
+    alpha = float(kwargs.get("alpha", args[0] if args else 1.0))
+    return Curve(True, False, 0.0, 1.0) if alpha > 0 else None
+
+
+def _softplus(*args: Any, **kwargs: Any) -> Curve | None:
+    said = dict(zip(("beta", "threshold"), args, strict=False)) | kwargs
+    if said.get("beta", 1) <= 0 or said.get("threshold", _SWITCH) < _SWITCH:
+        return None  # concave, or it jumps where it becomes a line
+    return Curve(True, False, 0.0, 1.0, pos=True)
+
+
+def _clamp(*args: Any, **kwargs: Any) -> Curve:
     low = kwargs.get("min", args[0] if args else None)
     high = kwargs.get("max", args[1] if len(args) > 1 else None)
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
-        return None
-    return Curve(high is None, low is None, 0.0, 1.0, pos=low is not None and low >= 0)
+    pos = low is not None and low >= 0 and (high is None or high >= 0)
+    return Curve(high is None, low is None, 0.0, 1.0, pos=pos)
 
 
-def _least(*args: Any, **kwargs: Any) -> Curve | None:
+def _least(*args: Any, **kwargs: Any) -> Curve:
     return _clamp(kwargs.get("min", args[0] if args else None))
 
 
-def _most(*args: Any, **kwargs: Any) -> Curve | None:
+def _most(*args: Any, **kwargs: Any) -> Curve:
     return _clamp(None, kwargs.get("max", args[0] if args else None))
 
 
@@ -74,19 +87,19 @@ def _power(*args: Any, **kwargs: Any) -> Curve | None:
 
 CURVES: dict[str, Callable[..., Curve | None]] = {
     "relu": _fixed(True, False, 0.0, 1.0, pos=True),
-    "softplus": _fixed(True, False, 0.0, 1.0, pos=True),
-    "celu": _fixed(True, False, 0.0, 1.0),
+    "softplus": _softplus,
+    "celu": _celu,
     "leaky_relu": _leaky,
     "elu": _elu,
-    "exp": _fixed(True, False, 0.0, _INF, pos=True, logs=True),
+    "exp": _fixed(True, False, 0.0, UNBOUNDED, pos=True, logs=True),
     "abs": _fixed(True, False, -1.0, 1.0, pos=True, even=True),
-    "square": _fixed(True, False, -_INF, _INF, pos=True, even=True),
+    "square": _fixed(True, False, -UNBOUNDED, UNBOUNDED, pos=True, even=True),
     "pow": _power,
     "clamp": _clamp,
     "clamp_min": _least,
     "clamp_max": _most,
-    "log": _fixed(False, True, 0.0, _INF),
-    "sqrt": _fixed(False, True, 0.0, _INF, pos=True),
+    "log": _fixed(False, True, 0.0, UNBOUNDED, half=True),
+    "sqrt": _fixed(False, True, 0.0, UNBOUNDED, pos=True, half=True),
     "logsigmoid": _fixed(False, True, 0.0, 1.0),
     "sigmoid": _fixed(False, False, 0.0, 0.25, pos=True),
     "tanh": _fixed(False, False, 0.0, 1.0),
@@ -113,10 +126,13 @@ def apply_curve(name: str, f: Facts, inputs: int, *settings: Any, **named: Any) 
         **named: the same by name.
 
     Returns:
-        the facts of the result; None where the settings are not understood.
+        the facts of the result; None where the settings are not understood, or where the function
+        may have no value.
     """
+    if any(isinstance(value, Tensor) for value in (*settings, *named.values())):
+        return None  # its value here need not be that of the next call
     curve = CURVES[name](*settings, **named)
-    if curve is None:
+    if curve is None or (curve.half and not bool(f.pos.all())):
         return None
     rising = torch.full_like(f.cvx, curve.low >= 0) | (f.pos if curve.even else False)
     affine = f.cvx & f.ccv

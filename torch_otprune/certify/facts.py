@@ -8,10 +8,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["INFINITE", "Facts", "all_of", "constant", "outside", "saturated", "seed", "unknown"]
+__all__ = [
+    "INFINITE",
+    "UNBOUNDED",
+    "Facts",
+    "all_of",
+    "constant",
+    "outside",
+    "saturated",
+    "seed",
+    "unknown",
+]
 
 INFINITE = 1e30  # a slope above this is unbounded
-_BIG = 1e100  # how it is written
+# how it is written: so large that no product with small slopes looks bounded
+UNBOUNDED = 1e300
 
 
 @dataclass(frozen=True)
@@ -82,14 +93,14 @@ class Facts:
 
 def saturated(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     """Write what is unbounded as one large number, so that it stays so."""
-    lo = torch.where(lo < -INFINITE, torch.full_like(lo, -_BIG), lo)
-    return lo, torch.where(hi > INFINITE, torch.full_like(hi, _BIG), hi)
+    lo = torch.where(lo < -INFINITE, torch.full_like(lo, -UNBOUNDED), lo)
+    return lo, torch.where(hi > INFINITE, torch.full_like(hi, UNBOUNDED), hi)
 
 
 def constant(value: Tensor) -> Facts:
     """Describe a parameter, a buffer or what is computed of them."""
     yes = torch.ones(value.shape, dtype=torch.bool, device=value.device)
-    pos = value >= 0 if value.dtype.is_floating_point else yes
+    pos = ~yes if value.is_complex() else value >= 0
     return Facts(yes, yes, pos, pos, yes, None, None, fixed=True)
 
 
@@ -121,7 +132,7 @@ def seed(value: Tensor, *, hull: bool) -> Facts:
 def unknown(value: Tensor, inputs: int) -> Facts:
     """Describe what nothing is known of."""
     no = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
-    big = torch.full((inputs, *value.shape), _BIG, dtype=torch.float64, device=value.device)
+    big = torch.full((inputs, *value.shape), UNBOUNDED, dtype=torch.float64, device=value.device)
     return Facts(no, no, no, no, no, -big, big)
 
 

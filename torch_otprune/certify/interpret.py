@@ -11,11 +11,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from torch_otprune.certify.context import SHAPES, Context
 from torch_otprune.certify.facts import Facts, all_of, constant, outside, unknown
-from torch_otprune.certify.rules import RULES, SHAPES, Context
+from torch_otprune.certify.rules import RULES
 from torch_otprune.structure.forward import Call, flat_tensors
 
 __all__ = ["Loss", "Trail", "following"]
@@ -109,30 +111,30 @@ class Follower(TorchFunctionMode):
         given = flat_tensors([args, list(kwargs.values())])
         facts = [self.facts(t) for t in given]  # before the call, which may write in place
         context = Context(self.facts, self.trail.inputs, function, self.trail.names)
-        moved = name.endswith("_") or name == "setitem" or "out" in kwargs
+        state, versions = _noise(given), [_version(t) for t in given]
         out = function(*args, **kwargs)
+        drew = not all(map(torch.equal, state, _noise(given)))
         if name == "iter":
             out = list(out)
-        made = flat_tensors(out)
-        if name == "setitem":
-            made = [args[0]]
+        made = [args[0]] if name == "setitem" else flat_tensors(out)
+        wrote = [t for t, v in zip(given, versions, strict=True) if _written(t, v, made)]
         if name == "set" and isinstance(args[0], Tensor):  # such as `x.data = y`
-            self.known[id(args[0])] = (args[0], unknown(args[0], self.trail.inputs))
-        if not made:
-            self._leaked(name, out, facts)
-            return out
-        plain = name.rstrip("_")
-        # a product that overwrites its known factor leaves no value to read
-        blind = bool(facts) and facts[0].fixed and name not in ("add_", "sub_")
-        plain = "" if moved and (blind or plain in SHAPES) else plain
-        found = self._found(plain, context, Call(args, kwargs), made, facts)
+            wrote.append(args[0])
+        moved = name.endswith("_") or name == "setitem" or "out" in kwargs or bool(wrote)
+        if drew or name.rstrip("_") in _RANDOM:
+            found = self._random(name, made, facts)
+        else:
+            plain = _plain(name, facts) if moved else name
+            found = self._found(plain, context, Call(args, kwargs), made, facts)
+        for tensor in [*wrote, *made] if moved else []:
+            self._overwritten(tensor)
         for tensor, fact in zip(made, found, strict=True):
-            if moved:
-                self._overwritten(tensor)
             self.known[id(tensor)] = (tensor, fact)
         for kind, masks in context.signs.items():
             _join_(self.trail.signs[kind], masks)
-        if facts and not all(f.fixed for f in facts):
+        if not made:
+            self._leaked(name, out, facts)
+        elif facts and not all(f.fixed for f in facts):
             self._lost(name, context, facts, found)
         return iter(out) if name == "iter" else out
 
@@ -144,15 +146,14 @@ class Follower(TorchFunctionMode):
         made: Sequence[Tensor],
         facts: Sequence[Facts],
     ) -> list[Facts]:
-        if name in _RANDOM:
-            return [outside(t) for t in made]
-        if all(f.fixed for f in facts) or name in _FRESH:
-            return [constant(t) for t in made]
+        fresh = name in _FRESH and bool(call.args)  # but for what it is filled with
+        if all(f.fixed for f in facts[fresh:]):
+            return [self._value(t) for t in made]
         found: list[Facts] | None = None
         if name in SHAPES and "out" not in call.kwargs:
             found = context.reshaped(call.args, call.kwargs)
         elif name in RULES and "out" not in call.kwargs:
-            with suppress(TypeError):  # arguments that the rule does not know
+            with suppress(TypeError, RuntimeError):  # arguments that the rule does not know
                 one = RULES[name](context, *call.args, **call.kwargs)
                 found = None if one is None else [one]
         fits = found is not None and [f.cvx.shape for f in found] == [t.shape for t in made]
@@ -162,11 +163,23 @@ class Follower(TorchFunctionMode):
             return [outside(t) for t in made]
         return [unknown(t, self.trail.inputs) for t in made]
 
+    def _value(self, tensor: Tensor) -> Facts:
+        """Describe what is the same in every call; what is not a number is nothing to build on."""
+        broken = tensor.is_floating_point() and bool(tensor.isnan().any())
+        return unknown(tensor, self.trail.inputs) if broken else constant(tensor)
+
+    def _random(self, name: str, made: Sequence[Tensor], facts: Sequence[Facts]) -> list[Facts]:
+        """Describe what was drawn: of what its distribution depends on, nothing is known."""
+        shaped = name.endswith(("_", "_like")) or name.startswith("new_")
+        if all(bool(f.flat.all()) for f in facts[shaped:]):
+            return [outside(t) for t in made]
+        return [unknown(t, self.trail.inputs) for t in made]
+
     def _overwritten(self, target: Tensor) -> None:
-        """Forget what was known of other views of memory that was written."""
+        """Forget what was known of memory that was written, whichever view shows it."""
         place = target.untyped_storage().data_ptr()
         for key, (tensor, _) in list(self.known.items()):
-            if tensor is not target and tensor.untyped_storage().data_ptr() == place:
+            if tensor is target or tensor.untyped_storage().data_ptr() == place:
                 self.known[key] = (tensor, unknown(tensor, self.trail.inputs))
 
     def _leaked(self, name: str, out: Any, facts: Sequence[Facts]) -> None:
@@ -200,6 +213,31 @@ def plain_name(function: Any) -> str:
         operators = ("iadd", "isub", "imul", "itruediv")
         return name[1:] + "_" if name in operators else name
     return name
+
+
+def _plain(name: str, facts: Sequence[Facts]) -> str:
+    """Name the rule of a call that wrote; empty where the rule would misread what is left."""
+    plain = name.rstrip("_")
+    # a product that overwrites its known factor leaves no value to read
+    blind = bool(facts) and facts[0].fixed and name not in ("add_", "sub_")
+    return "" if blind or plain in SHAPES else plain
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _written(tensor: Tensor, version: int, made: Sequence[Tensor]) -> bool:
+    """Tell whether a call wrote to what it was given, whatever its name says."""
+    if version < 0:  # not counted: what is handed back may have been written
+        return any(t is tensor for t in made)
+    return _version(tensor) != version
+
+
+def _noise(given: Sequence[Tensor]) -> list[Tensor]:
+    """Read the states of the random generators that a call may use."""
+    devices = {t.device for t in given if t.is_cuda}
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, sorted(devices, key=str))]
 
 
 def _join_(known: dict[str, Tensor], new: dict[str, Tensor]) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torch_otprune.certify.facts import Facts, saturated
+from torch_otprune.certify.facts import UNBOUNDED, Facts, saturated
 
-__all__ = ["plus", "scaled", "weighted"]
+__all__ = ["plus", "scaled", "weighted", "widened"]
 
 Bilinear = Callable[[Tensor, Tensor], Tensor]
 
@@ -66,7 +66,9 @@ def scaled(f: Facts, by: Facts, value: Tensor | None, inputs: int) -> Facts:
     up = by.pos if value is None else (value >= 0).expand(shape)
     down = torch.zeros_like(up) if value is None else (value <= 0).expand(shape)
     lo, hi = f.slopes(inputs)
-    size = torch.full(shape, 1e200, dtype=torch.float64) if value is None else value.double().abs()
+    size = (
+        torch.full(shape, UNBOUNDED, dtype=torch.float64) if value is None else value.double().abs()
+    )
     ends = [torch.where(t == 0, torch.zeros_like(t), t * size.to(t)) for t in (lo, hi)]
     low = torch.where(up, ends[0], torch.where(down, -ends[1], torch.minimum(ends[0], -ends[1])))
     high = torch.where(up, ends[1], torch.where(down, -ends[0], torch.maximum(ends[1], -ends[0])))

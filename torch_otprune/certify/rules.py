@@ -3,108 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from torch_otprune.certify.context import Context
 from torch_otprune.certify.curves import CURVES, apply_curve
-from torch_otprune.certify.facts import Facts, constant
+from torch_otprune.certify.facts import UNBOUNDED, Facts, constant, unknown
 from torch_otprune.certify.linear import plus, scaled, weighted, widened
-from torch_otprune.structure.forward import flat_tensors, map_tensors
+from torch_otprune.structure.forward import flat_tensors
 
-__all__ = ["RULES", "SHAPES", "Context"]
-
-# Functions that only move elements, or copy them.
-SHAPES = frozenset({
-    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "swapaxes", "unbind",
-    "stack", "cat", "concat", "chunk", "split", "tensor_split", "unsqueeze", "squeeze", "expand",
-    "expand_as", "repeat", "contiguous", "clone", "detach", "narrow",
-    "select", "index_select", "getitem", "movedim", "moveaxis", "roll", "flip", "tile", "get",
-    "broadcast_to", "view_as", "reshape_as", "hstack", "vstack", "repeat_interleave", "iter",
-})  # fmt: skip
-
-
-@dataclass
-class Context:
-    """What a rule may ask and note.
-
-    Args:
-        facts: gives what is known of a tensor.
-        inputs: number of inputs that slopes are kept for.
-        function: the torch function itself.
-        names: path of each parameter and buffer, by identity.
-        why: why a property is lost, by property.
-        signs: weights that must not be negative, and which of their entries.
-    """
-
-    facts: Callable[[Tensor], Facts]
-    inputs: int
-    function: Any
-    names: dict[int, str]
-    why: dict[str, str] = field(default_factory=dict)
-    signs: dict[str, dict[str, Tensor]] = field(
-        default_factory=lambda: {"convex": {}, "monotone": {}}
-    )
-
-    def reshaped(self, args: Any, kwargs: Any) -> list[Facts] | None:
-        """Carry every fact through a function that only moves elements."""
-        given = flat_tensors([args, list(kwargs.values())])
-        if any(not t.is_floating_point() and not self.facts(t).fixed for t in given):
-            return None  # an index that depends on the input
-
-        real = [t for t in given if t.is_floating_point()]
-
-        def call(*parts: Tensor) -> tuple[Tensor, ...]:
-            left = iter(parts)
-
-            def swap(t: Tensor) -> Tensor:  # whole numbers are indices and stay
-                return next(left) if t.is_floating_point() else t
-
-            whole = map_tensors([list(args), dict(kwargs)], swap)
-            return tuple(flat_tensors(self.function(*whole[0], **whole[1])))
-
-        known = [self.facts(t) for t in real]
-        flags = [[t != 0 for t in call(*(read(f).double() for f in known))] for read in _FLAGS]
-        slopes = [f.slopes(self.inputs) for f in known]
-        sides = [torch.vmap(call)(*(pair[side] for pair in slopes)) for side in (0, 1)]
-        every = [*flags, *[[t.double() for t in side] for side in sides]]
-        return [Facts(*found) for found in zip(*every, strict=True)]
-
-    def noted(self, weight: Tensor, mask: Tensor, live: Tensor) -> None:
-        """Remember which entries of a parameter must not be negative.
-
-        Args:
-            weight: the parameter.
-            mask: entries that multiply a signal which is convex and not affine.
-            live: entries that multiply a signal which depends on the input and never falls.
-        """
-        if id(weight) in self.names:
-            self.signs["convex"][self.names[id(weight)]] = mask
-            self.signs["monotone"][self.names[id(weight)]] = live
-
-    def negative(self, weight: Tensor, mask: Tensor) -> None:
-        """Say why a sum is not convex."""
-        bad = (weight < 0) & mask
-        if bool(bad.any()):
-            count, least = int(bad.sum()), float(weight[bad].min())
-            name = self.names.get(id(weight), "a weight")
-            few = "entry that reads" if count == 1 else "entries that read"
-            self.why["convex"] = (
-                f"`{name}` has {count} negative {few} a convex signal; the least is {least:.3g}"
-            )
-        self.why["monotone"] = f"`{self.names.get(id(weight), 'a weight')}` has negative entries"
-
-
-_FLAGS: tuple[Callable[[Facts], Tensor], ...] = (
-    lambda f: f.cvx,
-    lambda f: f.ccv,
-    lambda f: f.pos,
-    lambda f: f.lcx,
-    lambda f: f.flat,
-)
-
+__all__ = ["RULES"]
 
 Rule = Callable[..., Facts | None]
 RULES: dict[str, Rule] = {}
@@ -155,7 +66,7 @@ def _with_bias(c: Context, found: Facts, bias: Tensor | None, shape: tuple[int, 
 
 def _mapped(c: Context, x: Tensor, weight: Tensor, apply: Callable[..., Tensor]) -> Facts | None:
     """Apply known weights, and note which of them must not be negative."""
-    if not c.facts(weight).fixed:
+    if not c.known(weight):
         return None
     f = c.facts(x)
     full = _columns(f.cvx & ~f.ccv, weight)
@@ -205,6 +116,8 @@ def _product(c: Context, a: Tensor, b: Tensor) -> Facts | None:
     if not (f.fixed or g.fixed):
         return None
     weight = a if f.fixed else b
+    if not c.known(weight):
+        return None
     other = g if f.fixed else f
     marks = (other.cvx & ~other.ccv, _live(other))
     mask, live = (m.any().expand(weight.shape) for m in marks)
@@ -217,7 +130,7 @@ def _product(c: Context, a: Tensor, b: Tensor) -> Facts | None:
 
 @rule("addmm")
 def _addmm(c: Context, bias: Tensor, x: Tensor, weight: Tensor, **named: Any) -> Facts | None:
-    if named or not c.facts(weight).fixed:
+    if named or not c.known(weight):
         return None
     return plus(weighted(c.facts(x), weight, lambda t, w: t @ w, c.inputs), c.facts(bias), c.inputs)
 
@@ -232,6 +145,8 @@ def _summed(c: Context, x: Tensor, *axes: Any, **named: Any) -> Facts | None:
 
 @rule("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d")
 def _pooled(c: Context, x: Tensor, *settings: Any, **named: Any) -> Facts | None:
+    if len(settings) > 5 or named.get("divisor_override") is not None:
+        return None  # it may be negative
     one = torch.ones((), dtype=torch.float64, device=x.device)
     return weighted(c.facts(x), one, lambda t, w: c.function(t * w, *settings, **named), c.inputs)
 
@@ -241,19 +156,24 @@ def _read(c: Context, value: Any, like: Tensor) -> tuple[Facts, Tensor]:
     if isinstance(value, Tensor):
         return c.facts(value), value
     number = torch.as_tensor(float(value), dtype=torch.float64, device=like.device)
-    return constant(number), number
+    return (unknown(number, c.inputs) if number.isnan() else constant(number)), number
+
+
+def _is_one(value: Any) -> bool:
+    """Tell whether a factor of the call is the number one, in every call."""
+    return not isinstance(value, Tensor) and bool(value == 1)
 
 
 @rule("add", "radd")
 def _add(c: Context, a: Tensor, b: Any, *, alpha: float = 1) -> Facts | None:
-    if alpha != 1:
+    if not _is_one(alpha):
         return None
     return plus(_read(c, a, b)[0], _read(c, b, a)[0], c.inputs)
 
 
 @rule("sub", "rsub")
 def _sub(c: Context, a: Tensor, b: Any, *, alpha: float = 1) -> Facts | None:
-    if alpha != 1:
+    if not _is_one(alpha):
         return None
     f, g = _read(c, a, b)[0], _read(c, b, a)[0]
     if c.function.__name__ in ("__rsub__", "rsub"):
@@ -285,10 +205,12 @@ def _mul(c: Context, a: Any, b: Any) -> Facts | None:
 @rule("addcmul")
 def _add_product(c: Context, x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Facts | None:
     product = _mul(c, a, b)
-    return None if product is None or value != 1 else plus(c.facts(x), product, c.inputs)
+    return None if product is None or not _is_one(value) else plus(c.facts(x), product, c.inputs)
 
 
-def _times(c: Context, f: Facts, by: Facts, value: Tensor) -> Facts:
+def _times(c: Context, f: Facts, by: Facts, value: Tensor) -> Facts | None:
+    if by.fixed and not bool(value.isfinite().all()):
+        return None
     if by.fixed and id(value) in c.names:
         shape = torch.broadcast_shapes(f.cvx.shape, value.shape)
         wide = widened(f, shape)
@@ -309,7 +231,7 @@ def _multiplied(f: Facts, g: Facts, inputs: int) -> Facts:
         one = pos & f.follows & g.follows
     (lo, hi), (low, high) = f.slopes(inputs), g.slopes(inputs)
     rises, falls = pos & (lo >= 0) & (low >= 0), pos & (hi <= 0) & (high <= 0)
-    big = torch.full_like(lo, 1e100)
+    big = torch.full_like(lo, UNBOUNDED)
     found = Facts(
         logs | (one & f.origin.cvx) | (f.flat & g.flat),
         f.flat & g.flat,
@@ -325,9 +247,10 @@ def _multiplied(f: Facts, g: Facts, inputs: int) -> Facts:
 @rule("div", "truediv", "divide")
 def _div(c: Context, a: Tensor, b: Any) -> Facts | None:
     g, v = _read(c, b, a)
-    if not g.fixed:
+    by = 1 / v.double()
+    if not g.fixed or not bool(by.isfinite().all()):
         return None
-    return scaled(_read(c, a, v)[0], g, 1 / v.double(), c.inputs)
+    return scaled(_read(c, a, v)[0], g, by, c.inputs)
 
 
 def _envelope(c: Context, a: Tensor, b: Tensor, *, greater: bool) -> Facts:
@@ -368,9 +291,13 @@ def _greatest(c: Context, x: Tensor, dim: Any, keepdim: bool = False) -> Facts |
 
 @rule("batch_norm")
 def _normed(c: Context, x: Tensor, *settings: Any, **named: Any) -> Facts | None:
+    if c.function is not F.batch_norm:
+        return None  # `torch.batch_norm` takes its arguments in another order
     words = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     said = dict(zip(words, settings, strict=False)) | named
     if said.get("training") or said.get("running_var") is None:
+        return None
+    if not all(c.known(t) for t in flat_tensors(list(said.values()))):
         return None
     gain = (said["running_var"].double() + said.get("eps", 1e-5)).rsqrt()
     if said.get("weight") is not None:

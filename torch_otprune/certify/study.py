@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,9 @@ class Study:
         if self.hull or not self.holds("lipschitz"):
             return None
         sides = [f.slopes(self.trail.inputs) for f in self.facts]
-        size = torch.cat([torch.maximum(lo.abs(), hi.abs()).flatten(1) for lo, hi in sides], 1)
+        size = torch.cat(
+            [torch.maximum(lo.abs(), hi.abs()).reshape(len(lo), -1) for lo, hi in sides], 1
+        )
         return float(torch.linalg.matrix_norm(size, 2)) if size.numel() else 0.0
 
     def reasons(self, kind: Kind) -> tuple[Reason, ...]:
@@ -102,7 +104,8 @@ def certify(
         the certificate.
 
     Raises:
-        StructureError: if there is no such input, or none at all.
+        StructureError: if there is no such input, or none at all; if the input or the weights are
+            no numbers; if nothing comes out that could be asked about.
 
     Source: Amos et al. 2017 for the conditions, Grant, Boyd & Ye 2006 (disciplined convex
     programming) for following them; the bound from interval slopes and the rules for log-convex
@@ -116,32 +119,38 @@ def certify(
         >>> certify(FICNN(2, (4,))).convex.how
         'structural'
     """
+    if min(pairs, steps) < 0:
+        raise StructureError(
+            f"{pairs} pairs and {steps} steps cannot be tried.",
+            where="certify(pairs=..., steps=...)",
+            fix="give numbers from 0 on.",
+        )
     batch = _example(model, example)
     found = study(model, batch, wrt=wrt)
     around = _runner(model, batch, wrt)
     search = Search(pairs, steps, seed)
     convex, monotone = (_finding(found, kind, around, search) for kind in _SEARCHED)
     bound = found.bound
-    if bound is not None:
-        text = f"at most {bound:.4g}, the norm of the slopes' bounds"
-        lipschitz = Finding(kind="lipschitz", how="structural", text=text)
-    else:
-        text = (
-            "too many inputs to keep a slope for each"
-            if found.hull
-            else "nothing bounds the slopes"
-        )
-        why = found.reasons("lipschitz")
-        lipschitz = Finding(kind="lipschitz", how="refused", text=text, reasons=why)
     name = repr(wrt) if isinstance(wrt, str) else f"input {wrt}"
     shape = " x ".join(map(str, found.shape))
     return Certificate(
         input=f"{name} ({shape})",
         convex=convex,
         monotone=monotone,
-        lipschitz=lipschitz,
+        lipschitz=_steepest(found, bound),
         bound=bound,
     )
+
+
+def _steepest(found: Study, bound: float | None) -> Finding:
+    """Say what bounds the slopes, or why nothing does."""
+    if bound is not None:
+        text = f"at most {bound:.4g}, the norm of the slopes' bounds"
+        return Finding(kind="lipschitz", how="structural", text=text)
+    many = "too many inputs to keep a slope for each"
+    text = many if found.hull else "nothing bounds the slopes"
+    why = found.reasons("lipschitz")
+    return Finding(kind="lipschitz", how="refused", text=text, reasons=why)
 
 
 _SEARCHED: tuple[Kind, Kind] = ("convex", "monotone")
@@ -159,10 +168,16 @@ def study(model: nn.Module, batch: Any, *, wrt: int | str = 0) -> Study:
         what was found.
 
     Raises:
-        StructureError: if there is no such input.
+        StructureError: if there is no such input, or it or the weights are no numbers.
     """
     call = called(model, head(batch, 1))
     asked = _asked(call, wrt)
+    if not asked.numel() or not bool(asked.isfinite().all()):
+        raise StructureError(
+            "the example is empty, or holds what is not a finite number.",
+            where=f"certify(example), {tuple(asked.shape)}",
+            fix="give at least one sample of finite numbers.",
+        )
     if asked.numel() > _FEW:
         coarse, numbers = _followed(model, call, asked, hull=True)
         if 2 * numbers * asked.numel() > _LARGE:
@@ -173,6 +188,7 @@ def study(model: nn.Module, batch: Any, *, wrt: int | str = 0) -> Study:
 def _followed(model: nn.Module, call: Call, asked: Tensor, *, hull: bool) -> tuple[Study, int]:
     """Follow the pass; count the numbers that slopes were kept for, too."""
     tensors = [*model.named_parameters(), *model.named_buffers(), *_loose(model)]
+    _numbers(tensors)
     known = [(t, constant(t)) for _, t in tensors]
     known += [(t, outside(t)) for t in flat_tensors([call.args, call.kwargs]) if t is not asked]
     known.append((asked, seed(asked, hull=hull)))
@@ -181,8 +197,25 @@ def _followed(model: nn.Module, call: Call, asked: Tensor, *, hull: bool) -> tup
     with evaluating(model), torch.no_grad(), following(model, follower):
         out = model(*call.args, **call.kwargs)
     facts = [follower.facts(t) for t in flat_tensors(out) if t.is_floating_point()]
+    if not facts:
+        raise StructureError(
+            f"the model returns a {type(out).__name__} without floating-point numbers.",
+            where="certify(model)",
+            fix="wrap it in a module that returns the tensor that is asked about.",
+        )
     numbers = sum(t.numel() for t, f in follower.known.values() if f.lo is not None)
     return Study(facts, trail, tuple(asked.shape[1:]), hull), numbers
+
+
+def _numbers(tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse a net that cannot compute anything."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise StructureError(
+                f"'{name}' has {int(tensor.isnan().sum())} entries that are not a number.",
+                where=f"'{name}', {tuple(tensor.shape)}",
+                fix="load or train the weights again: of such a net nothing can be said.",
+            )
 
 
 def _loose(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -275,6 +308,22 @@ def _runner(model: nn.Module, batch: Any, wrt: int | str) -> _Around:
 
         args, kwargs = map_tensors([one.args, one.kwargs], fill)
         out = [t for t in flat_tensors(twin(*args, **kwargs)) if t.is_floating_point()]
+        if len(x) > 1 and not all(t.dim() and len(t) == len(x) for t in out):
+            return alone(x)
         return torch.cat([t.reshape(len(x), -1) for t in out], 1)
 
-    return run, asked.detach().double().cpu()
+    def alone(x: Tensor) -> Tensor:
+        return torch.cat([run(row) for row in x.split(1)])
+
+    values = asked.detach().double()
+    return (alone if _mixes(run, alone, values[:1]) else run), values.cpu()
+
+
+_Run = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def _mixes(run: _Run, alone: _Run, row: Tensor) -> bool:
+    """Tell whether one sample changes what is said of another, as a mean over the batch does."""
+    rows = torch.cat([row, 2 * row + 1, 1 - row])
+    return not torch.allclose(run(rows), alone(rows), rtol=1e-7, atol=1e-12, equal_nan=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -14,6 +14,8 @@ UNTRAINED = (
     "dtp saw no training step, so the size of the weights decides: attach, train with "
     "attached.step(), then plan"
 )
+
+_Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class MaskSetting(Setting):
@@ -27,7 +29,7 @@ class MaskSetting(Setting):
         description="`proximal`, every step starts from the mask of the last one, and masks "
         "harden by themselves; `entropic`, the softness stays",
     )
-    eps: Literal["auto"] | float = Field(
+    eps: Literal["auto"] | _Positive = Field(
         default="auto",
         description="softness in the unit of the scores, which start around 0.5 with a spread of "
         "0.1; `auto` makes the median unit hard at the end of the search",
@@ -38,6 +40,6 @@ class MaskSetting(Setting):
         le=1,
         description="share of `steps` in which the budget sinks from everything to what is asked",
     )
-    lr: Literal["auto"] | float = Field(
+    lr: Literal["auto"] | _Positive = Field(
         default="auto", description="step size of the scores, which Adam trains; `auto`: 2 / steps"
     )

@@ -15,7 +15,7 @@ from torch_otprune.errors import CalibrationError
 from torch_otprune.statistics.evidence import Evidence
 from torch_otprune.statistics.filters import Filters
 
-__all__ = ["MEASURES", "Seen"]
+__all__ = ["MEASURES", "Seen", "unheard"]
 
 _STILL = 1e-9  # of the largest: what varies less is rounding
 
@@ -75,7 +75,7 @@ def _activations(evidence: Evidence, p: int, normalise: str, eps: float) -> Seen
     """Take what consumers read of a channel for a law on the line."""
     heard = [c.signals.T for c in evidence.consumers if c.signals is not None]
     if not heard:
-        raise _missing(evidence)
+        raise unheard(evidence, "cpot")
     heard = [h / h.square().mean().sqrt().clamp_min(1e-300) for h in heard]
     live = _alive(torch.stack([h.std(dim=1, correction=0) for h in heard]).amax(0))
     parts = [Lines(_scaled(h, live, normalise).sort(dim=1).values, p) for h in heard]
@@ -100,7 +100,7 @@ def _gaussian(evidence: Evidence, p: int, normalise: str, eps: float) -> Seen:
         unit = torch.where(spread[-1] > 0, unit, torch.ones_like(unit)).clamp_min(1e-150)
         parts.append(Gaussians(consumer.mean / unit[:, None], cov / unit.square()[:, None, None]))
     if not parts:
-        raise _missing(evidence)
+        raise unheard(evidence, "cpot")
     live = _alive(torch.stack(spread).amax(0))
     return Seen(Together(_settled(parts, live), p), live, _rows(evidence), _told(live))
 
@@ -175,9 +175,19 @@ def _settled(parts: list[Gaussians], live: Tensor) -> list[Gaussians]:
     ]
 
 
-def _missing(evidence: Evidence) -> CalibrationError:
+def unheard(evidence: Evidence, criterion: str) -> CalibrationError:
+    """Say that a law of activations is asked for, and none are there.
+
+    Args:
+        evidence: of the group.
+        criterion: who asks.
+
+    Returns:
+        the error.
+    """
     return CalibrationError(
-        "no activations were gathered.",
-        where=f"group '{evidence.name}', criterion cpot",
-        fix="run calibration data through the model, or use measure='weights'.",
+        "no activations were gathered of what reads this group.",
+        where=f"group '{evidence.name}', criterion {criterion}",
+        fix="run calibration data through the model; of experts and bare parameters no signals "
+        "are kept, so use measure='weights' there.",
     )

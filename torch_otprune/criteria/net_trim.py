@@ -31,9 +31,10 @@ class NetTrim(Criterion):
     consumer is further from its dense answers than the plan says, and the same number bounds their
     W2, since answers are paired.
 
-    Limits: the program spends its budget on shrinking, so as a choice of units `obs` is better; it
-    is here for its certificate. A consumer's rectifier is not used. Time grows with the square of
-    the consumers' inputs, times their outputs, for every round.
+    Limits: each certificate is about one cut alone; what cuts in front move comes on top. The
+    program spends its budget on shrinking, so as a choice of units `obs` is better; it is here for
+    its certificate. A consumer's rectifier is not used. Time grows with the square of the
+    consumers' inputs, times their outputs, for every round.
 
     Source: Yuan & Lin 2006 for the norm per group; Net-Trim (Aghasi et al. 2017) with rows as
     groups is ours, solved by Beck & Teboulle 2009 (FISTA).
@@ -61,7 +62,7 @@ class NetTrim(Criterion):
         return Ranking(order, curve, said)
 
     def certify(self, evidence: Evidence, keep: Int[Tensor, " kept"]) -> str:
-        """Bound what every consumer is off by once it is refitted.
+        """Bound what every consumer is off by once it is refitted, if nothing else is cut.
 
         Args:
             evidence: what is known about the group.
@@ -77,7 +78,7 @@ class NetTrim(Criterion):
         for c in observed(evidence, "net_trim"):
             left = refit_errors(c.weight, _moments(c), order, self.ridge)[len(keep)]
             told.append(f"'{c.path}' by {sqrt(float(left)):.3g}")
-        return f"refitted, W2 moves at most: {', '.join(told)}"
+        return f"refitted, this cut alone moves W2 at most: {', '.join(told)}"
 
 
 def _moments(consumer: Consumer) -> Float[Tensor, "units taps units taps"]:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from torch_otprune.criteria.base import Criterion, Need, Ranking, checked, register, settle
 from torch_otprune.criteria.laws import Lines, Together
-from torch_otprune.criteria.measures import MEASURES
-from torch_otprune.errors import CalibrationError
+from torch_otprune.criteria.measures import MEASURES, unheard
 from torch_otprune.statistics.evidence import Evidence
 from torch_otprune.transport.pivoted import pivoted_cholesky
 
@@ -98,12 +97,7 @@ class SlicedKernel(Criterion):
         """Embed every channel so that squared distances are W_2^2."""
         heard = [c.signals for c in evidence.consumers if c.signals is not None]
         if self.measure != "weights" and not heard:
-            raise CalibrationError(
-                "no activations were gathered.",
-                where=f"group '{evidence.name}', criterion sliced_kernel",
-                fix="run calibration data through the model; for experts and bare parameters, "
-                "of which no signals are kept, use measure='weights'.",
-            )
+            raise unheard(evidence, "sliced_kernel")
         name = "weights" if self.measure == "weights" else "activations"
         seen = MEASURES[name](evidence, 2, "none", 1.0)
         if self.measure == "paired":

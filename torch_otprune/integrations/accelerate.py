@@ -108,7 +108,8 @@ def attach(
         accelerator: that prepared it.
         model: as prepared, or bare.
         policy: the declaration; None takes the one on the class.
-        example: one batch to analyse the model on; needed where a rule has a penalty.
+        example: one batch to analyse the model on; needed where a rule has a penalty or
+            criterion `dtp`.
         data: what the rounds decide and repair on; None takes what the model trained on last.
 
     Returns:

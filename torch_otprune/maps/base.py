@@ -93,9 +93,9 @@ class FittedMap(ABC):
     """
 
     kind: str
-    samples: Samples
+    samples: Samples = field(repr=False)
     cost: Cost = "squared"
-    start: Callable[[Tensor], Tensor] | None = None
+    start: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
 
     @abstractmethod

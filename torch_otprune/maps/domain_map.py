@@ -12,10 +12,10 @@ from typing_extensions import Self
 
 from torch_otprune.maps.affine import bures_map, least_squares_map
 from torch_otprune.maps.base import AffineFit, FittedMap, TransportMap, register
-from torch_otprune.maps.samples import Pairs, Samples, warn_of_few
+from torch_otprune.maps.samples import Pairs, Samples, some_of, warn_of_few
 from torch_otprune.policy.base import problem
 from torch_otprune.transport import Coupling, coupling, sqdist
-from torch_otprune.transport.checks import refuse
+from torch_otprune.transport.checks import reals, refuse
 
 __all__ = ["DomainMap", "class_coupling"]
 
@@ -115,7 +115,7 @@ class DomainMap(TransportMap):
 
     def _coupled(self, samples: Samples, labels: Tensor | None) -> FittedMap:
         """Regress every point on the mean of what it is coupled with."""
-        (x, _), (y, at) = _few(samples.x, 0), _few(samples.y, 1)
+        (x, _), (y, at) = some_of(samples.x, _POINTS, 0), some_of(samples.y, _POINTS, 1)
         own = None if labels is None else labels.to(y.device)[at]
         found = class_coupling(sqdist(x, y), own, weight=self.classes, eps=self.eps)
         wanted = found.barycentric_map(y)
@@ -183,13 +183,8 @@ def _numbered(labels: Tensor) -> Tensor:
     return numbers
 
 
-def _few(points: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))
-    at = order[:_POINTS].sort().values.to(points.device)
-    return points[at], at
-
-
 def _fitting_labels(labels: Tensor, samples: Samples, method: str) -> None:
+    reals(labels, "labels")
     wrong = labels.dim() != 1 or len(labels) != len(samples.y) or labels.is_floating_point()
     refuse(
         wrong,

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch_otprune.maps.affine import AffineMap
 from torch_otprune.maps.base import AffineFit, FreeFit
 from torch_otprune.maps.elastic import Elastic
-from torch_otprune.maps.samples import Samples
+from torch_otprune.maps.samples import Samples, held_out
 from torch_otprune.transport.gaussian import matrix_root
 
 __all__ = ["ConvexPotential", "Gradient", "conjugate", "fit_dual"]
 
 _BATCH = 256
-_HELD = 8  # one row in this many is held out
 _LOOK = 20  # steps between looks at them
 _INNER = 4  # steps of the map per step of the potential
 _CYCLE = 3.0  # weight of the way there and back
@@ -171,7 +170,7 @@ class _Duel:
         rates = {"lr": 1e-2, "betas": (0.5, 0.9)}
         adam_f = torch.optim.Adam(self.f.parameters(), **rates)  # type: ignore[arg-type]
         adam_g = torch.optim.Adam(self.g.parameters(), **rates)  # type: ignore[arg-type]
-        (x, x_held), (y, y_held) = (_split(p) for p in (self.samples.x, self.samples.y))
+        (x, x_held), (y, y_held) = (held_out(p) for p in (self.samples.x, self.samples.y))
         first = best = self._look(x_held, y_held)
         kept, at = {k: v.clone() for k, v in self.f.state_dict().items()}, 0
         for step in range(1, steps + 1):
@@ -236,11 +235,6 @@ class _Duel:
 def _around(start: AffineFit, points: Tensor) -> ConvexPotential:
     matrix = (start.matrix + start.matrix.T) / 2
     return ConvexPotential(matrix, start.shift, unit=float(points.std(0).mean()) + 1e-9)
-
-
-def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
-    held = torch.arange(len(rows), device=rows.device) % _HELD == 0
-    return rows[~held], rows[held]
 
 
 def _some(rows: Tensor) -> Tensor:

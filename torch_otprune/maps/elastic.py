@@ -140,15 +140,14 @@ class Elastic(Declaration):
 
     def _shares(self, v: Tensor, weight: float) -> Tensor:
         """Split k units of freedom: clip(s |v| − weight, 0, 1), with s such that they add up."""
-        size = v.abs()
-        least = size.where(size > 0, size.new_full((), torch.inf)).amin(-1, keepdim=True)
-        high = (1 + weight) / least  # every coordinate that is not 0 is free there
-        high = high.where(least < torch.inf, high.new_ones(()))
-        few = (size > 0).sum(-1, keepdim=True) <= self.k
+        size, k = v.abs(), min(self.k, v.shape[-1])
+        # k coordinates are free there; the least one of all may be so small that halving never ends
+        last = size.topk(k, dim=-1).values[..., -1:]
+        few = last == 0
+        high = (1 + weight) / last.where(~few, last.new_ones(()))
         low = torch.zeros_like(high)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            above = (middle * size - weight).clamp(0, 1).sum(-1, keepdim=True) > self.k
-            low = torch.where(few | ~above, middle, low)
-            high = torch.where(few | ~above, high, middle)
-        return (high * size - weight).clamp(0, 1)
+            above = (middle * size - weight).clamp(0, 1).sum(-1, keepdim=True) > k
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return torch.where(few, (size > 0).to(size), (high * size - weight).clamp(0, 1))

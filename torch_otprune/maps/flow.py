@@ -56,7 +56,7 @@ class Flow(TransportMap):
 
     def fitted(self, samples: Samples) -> FittedMap:
         """Let particles flow, then read a map off them."""
-        x, y = _few(samples.x, self.seed), _few(samples.y, self.seed + 1)
+        x, y = samples.some(_POINTS, self.seed)
         unit = float(y.std(0).square().mean().sqrt().clamp_min(1e-12))
         pull = self._pull(x / unit, y / unit)
         ended, energies = jkos(
@@ -124,7 +124,7 @@ def force(
     Args:
         x: particles.
         y: target.
-        eps: temperature relative to the mean cost between both.
+        eps: temperature relative to the mean cost, of each term its own.
 
     Returns:
         minus the gradient per particle, times their number.
@@ -213,8 +213,3 @@ class Nearest(nn.Module):
 def _energy(x: Tensor, y: Tensor, eps: float) -> float:
     with torch.no_grad():
         return float(divergence(x, y, eps=eps)) ** 2 / 2
-
-
-def _few(points: Tensor, seed: int) -> Tensor:
-    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:_POINTS]
-    return points[order.sort().values.to(points.device)]

@@ -13,7 +13,7 @@ from torch_otprune.statistics.patches import full_weight, supported
 from torch_otprune.structure.layers import BatchNorm, Conv, channels, kernel, lies_across, tensor
 from torch_otprune.surgery.cut import put_
 
-__all__ = ["fold_", "mapped_before", "mapped_behind"]
+__all__ = ["fold_", "known_side", "mapped_before", "mapped_behind"]
 
 
 def fold_(
@@ -38,6 +38,7 @@ def fold_(
         RepairError: if the map does not fit, or nothing takes up the constant; nothing is written.
     """
     matrix, shift = matrix.double(), shift.double()
+    known_side(side, "fold_into")
     if not supported(layer) or (isinstance(layer, Conv) and layer.groups > 1):
         raise RepairError(
             "a map cannot be multiplied into this layer.",
@@ -58,6 +59,24 @@ def fold_(
         put_(layer, "bias", bias.detach().double() + moved)
     elif running is not None and norm is not None:
         put_(norm, "running_mean", running.double() - moved)
+
+
+def known_side(side: str, where: str) -> None:
+    """Refuse a side that a layer does not have.
+
+    Args:
+        side: what was asked for.
+        where: who asks.
+
+    Raises:
+        RepairError: for anything but `out` and `in`.
+    """
+    if side not in ("out", "in"):
+        raise RepairError(
+            f"{side!r} is no side of a layer.",
+            where=f"{where}, argument side",
+            fix="use 'out' for what the layer writes, or 'in' for what it reads.",
+        )
 
 
 def _running(norm: nn.Module | None) -> Tensor | None:

@@ -55,6 +55,12 @@ def monge_gap(
         fix="pass the image of every point, in the same order.",
     )
     positive(eps, "eps")
+    refuse(
+        solver not in ("sinkhorn", "exact"),
+        f"{solver!r} is no solver of the gap.",
+        where="monge_gap, argument solver",
+        fix="use 'sinkhorn' or 'exact'.",
+    )
     costs, bill = cost_matrix(x, y, cost), paid(x, y, cost).mean()
     fixed = costs.detach()
     if solver == "exact":
@@ -92,6 +98,12 @@ def cost_matrix(
         the matrix, differentiable in both.
     """
     if not isinstance(cost, Elastic):
+        refuse(
+            cost not in ("squared", "euclidean"),
+            f"{cost!r} is no cost of a displacement.",
+            where="argument cost",
+            fix="use 'squared', 'euclidean' or an `Elastic`.",
+        )
         return ground_cost(x, y, p=2.0 if cost == "squared" else 1.0)
     half = sqdist(x, y) / 2
     if cost.reg == "l1":

@@ -13,13 +13,12 @@ from torch_otprune.maps.affine import AffineMap, with_moments
 from torch_otprune.maps.base import AffineFit, FittedMap, FreeFit, TransportMap, register
 from torch_otprune.maps.elastic import Elastic
 from torch_otprune.maps.gap import Cost, monge_gap
-from torch_otprune.maps.samples import Samples, apart
+from torch_otprune.maps.samples import Samples, apart, held_out
 from torch_otprune.statistics.moments import ridge_factor
 from torch_otprune.transport import divergence
 
 __all__ = ["Descent", "MongeMap"]
 
-_HELD = 8  # one row in this many is held out, to stop on
 _LOOK = 10  # steps between looks at them
 _RIDGE = 1e-4
 _NEAR = "the closed form is as near as chance can tell, and stays"
@@ -177,8 +176,8 @@ class Descent:
     def _parts(self) -> tuple[Samples, Samples]:
         """Hold rows out: of each side, and of the pairs where there are any."""
         s = self.samples
-        matched = [None, None] if s.matched is None else zip(*map(_split, s.matched), strict=True)
-        both = zip(_split(s.x), _split(s.y), matched, strict=True)
+        matched = [None, None] if s.matched is None else zip(*map(held_out, s.matched), strict=True)
+        both = zip(held_out(s.x), held_out(s.y), matched, strict=True)
         learn, held = (Samples(x, y, m) for x, y, m in both)
         return learn, held
 
@@ -205,11 +204,6 @@ class Descent:
         gap = monge_gap(x, mapped, cost=self.setting.ground, eps=self.setting.eps)
         per = unit * y.shape[1] ** 0.5 if self.setting.cost == "euclidean" else scale
         return fit + self.setting.weight * gap / per
-
-
-def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
-    held = torch.arange(len(rows), device=rows.device) % _HELD == 0
-    return rows[~held], rows[held]
 
 
 def _first(matched: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_otprune.errors import RepairError
 from torch_otprune.statistics.moments import ridge_factor
 from torch_otprune.transport import divergence, facility_location, sqdist
-from torch_otprune.transport.checks import at_least_one, refuse
+from torch_otprune.transport.checks import at_least_one, cloud, positive, refuse
 
 __all__ = ["NeuronFlow", "flow_neurons"]
 
@@ -92,10 +92,19 @@ def flow_neurons(
     by responses, the start and the refit are ours.
     """
     _fitting(first, second, inputs, width)
+    for name, value in (("step", step), ("rate", rate), ("eps", eps)):
+        positive(value, name)
     flow = _Flow.of(first, activation, second, inputs)
     z = flow.start(width)
     before = flow.refit(z)[2]
-    measure = {"sinkhorn": flow.sinkhorn, "function": flow.function}.get(energy)
+    known = {"sinkhorn": flow.sinkhorn, "function": flow.function, "none": None}
+    refuse(
+        energy not in known,
+        f"{energy!r} is no energy of units.",
+        where="flow_neurons, argument energy",
+        fix="use 'sinkhorn', 'function' or 'none'.",
+    )
+    measure = known[energy]
     energies: list[float] = []
     if measure is not None:
         z, energies = _walk(z, measure, flow, (step, anchors, inner, rate, eps))
@@ -106,10 +115,18 @@ def flow_neurons(
 
 def _fitting(first: nn.Linear, second: nn.Linear, inputs: Tensor, width: int) -> None:
     at_least_one(width, "width")
+    for layer in (first, second):
+        if not isinstance(layer, nn.Linear):
+            raise RepairError(
+                f"a {type(layer).__name__} is no linear layer.",
+                where="flow_neurons, arguments first and second",
+                fix="pass two `nn.Linear`.",
+            )
+    cloud(inputs, "inputs")
     hidden = first.out_features
     for wrong, said in (
         (second.in_features != hidden, f"{hidden} hidden units do not fit {second.in_features}."),
-        (inputs.shape[1] != first.in_features, f"inputs have {inputs.shape[1]} features."),
+        (inputs.shape[-1] != first.in_features, f"inputs have {inputs.shape[-1]} features."),
         (width > hidden, f"width is {width} of {hidden} hidden units."),
     ):
         if wrong:

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch_otprune.transport import divergence
 from torch_otprune.transport.checks import cloud, refuse
 
-__all__ = ["Pairs", "Samples", "apart", "warn_of_few"]
+__all__ = ["Pairs", "Samples", "apart", "held_out", "some_of", "warn_of_few"]
 
 Pairs = Tensor | bool | None
 
 SHOWN = 512  # rows that a report looks at
+_LEAST = 4  # rows, or pairs, that a fit takes
 _FEW = 2  # rows per dimension below which a fit is not to be trusted
+_HELD = 8  # one row in this many is held out
 _HALVES = 3  # splits for the null
 
 
@@ -50,6 +52,10 @@ class Samples:
             matched = _spread(xs), _spread(ys)
         return Samples(_spread(self.x), _spread(self.y), matched)
 
+    def some(self, most: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Draw up to so many rows of each side."""
+        return some_of(self.x, most, seed)[0], some_of(self.y, most, seed + 1)[0]
+
     @cached_property
     def null(self) -> float:
         """Measure how far random halves of the target are from one another."""
@@ -77,19 +83,22 @@ class Samples:
         """
         x, y = cloud(source, "source").detach().double(), cloud(target, "target").detach().double()
         refuse(
-            min(len(x), len(y)) < 4,
+            min(len(x), len(y)) < _LEAST,
             f"{min(len(x), len(y))} samples are too few for a map.",
             where=f"TransportMap.fit, source {tuple(x.shape)}, target {tuple(y.shape)}",
-            fix="pass at least 4 rows, and rather several per dimension.",
+            fix=f"pass at least {_LEAST} rows, and rather several per dimension.",
         )
         if pairs is None or pairs is False:
             return cls(x, y)
         if pairs is True:
             _fitting_pairs(len(x) != len(y), f"{len(x)} and {len(y)} rows are not paired.")
             return cls(x, y, (x, y))
+        told = f"pairs of type {type(pairs).__name__} match no rows."
+        _fitting_pairs(not isinstance(pairs, Tensor), told)
         at = torch.as_tensor(pairs, device=x.device)
         wrong = at.dim() != 2 or at.shape[1] != 2 or at.is_floating_point() or not at.numel()
         _fitting_pairs(wrong, f"pairs of shape {tuple(at.shape)} match no rows.")
+        _fitting_pairs(len(at) < _LEAST, f"{len(at)} pairs are too few for a map.")
         ends = at.new_tensor([len(x), len(y)])
         _fitting_pairs(
             bool(((at < 0) | (at >= ends)).any()), "a pair names a row that is not there."
@@ -106,6 +115,28 @@ def _fitting_pairs(wrong: bool, problem: str) -> None:
     )
 
 
+def some_of(points: Float[Tensor, "n d"], most: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw rows at random, in their order.
+
+    Args:
+        points: to draw from.
+        most: rows, at most.
+        seed: of the draw.
+
+    Returns:
+        the rows, and their numbers.
+    """
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))
+    at = order[:most].sort().values.to(points.device)
+    return points[at], at
+
+
+def held_out(points: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
+    """Part points into those to learn from, and one in eight to look at."""
+    held = torch.arange(len(points), device=points.device) % _HELD == 0
+    return points[~held], points[held]
+
+
 def _spread(points: Tensor) -> Tensor:
     step = max(1, -(-len(points) // SHOWN))
     return points[::step]
@@ -119,7 +150,8 @@ def apart(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> float:
 
 def warn_of_few(samples: Samples) -> None:
     """Warn where sampling alone moves points as far as a map would."""
-    rows, width = min(len(samples.x), len(samples.y)), samples.y.shape[1]
+    seen = (samples.x, samples.y) if samples.matched is None else samples.matched
+    rows, width = min(map(len, seen)), samples.y.shape[1]
     if rows >= _FEW * width:
         return
     far = f"{apart(samples.shown.x, samples.shown.y):.3g}" if samples.same else "unknown"

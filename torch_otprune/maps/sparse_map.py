@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Literal
 
@@ -14,11 +15,12 @@ from torch_otprune.maps.affine import AffineMap
 from torch_otprune.maps.base import AffineFit, FittedMap, FreeFit, TransportMap, register
 from torch_otprune.maps.controller import within_budget
 from torch_otprune.maps.elastic import CONVEX_L0, Elastic
+from torch_otprune.maps.flow import force
 from torch_otprune.maps.mbo import MBO, fit_mbo
 from torch_otprune.maps.samples import Samples
 from torch_otprune.policy.base import problem
 from torch_otprune.statistics.moments import ridge_factor
-from torch_otprune.transport import coupling_points
+from torch_otprune.transport.checks import refuse
 
 __all__ = ["SparseMap"]
 
@@ -119,7 +121,7 @@ class SparseMap(TransportMap):
 
     def _proximal(self, samples: Samples) -> FittedMap:
         """Shrink rows while the plan moves points, then fit the rows that are left once more."""
-        x, y = _few(samples.x, self.seed), _few(samples.y, self.seed + 1)
+        x, y = samples.some(_POINTS, self.seed)
         problem_ = _Unpaired(x, y, self.eps, _first(samples))
         allowed = self.allowed(x.shape[1])
         begin = max(float(problem_.norms(problem_.rows).mean()) / 4, 1e-12)
@@ -133,7 +135,7 @@ class SparseMap(TransportMap):
 
     def _points(self, samples: Samples) -> FittedMap:
         """Fit the entropic map, at the weight that keeps the budget."""
-        x, y = _few(samples.x, self.seed), _few(samples.y, self.seed + 1)
+        x, y = samples.some(_POINTS, self.seed)
         cost, note = self.elastic, ""
         if self.budget is not None:
             allowed = self.allowed(x.shape[1])
@@ -144,6 +146,13 @@ class SparseMap(TransportMap):
 
             start = cost.scale if cost.reg == "stvs" else max(cost.weight, 1e-6)
             found = within_budget(count, allowed, start, steps=16)
+            refuse(
+                not found.met,
+                f"no weight of {cost.reg} leaves as few as {allowed} coordinates moved: at "
+                f"{found.price:.3g}, {found.count:.3g} still do.",
+                where="SparseMap.fit, solver mbo, field budget",
+                fix="raise the budget, or use the solver 'group'.",
+            )
             cost = _at(self.elastic, found.price)
             word = "scale" if cost.reg == "stvs" else "weight"
             note = (
@@ -185,8 +194,7 @@ class _Unpaired:
             size = self.norms(rows)
             shrink = (1 - _STEP * price / size.clamp_min(1e-300)).clamp(min=0)
             rows = rows * shrink[:, None]
-        made = _Unpaired.__new__(_Unpaired)
-        made.__dict__.update(self.__dict__)
+        made = copy.copy(self)
         made.rows, made.moved = rows, float((self.norms(rows) > 0).sum())
         return made
 
@@ -200,10 +208,7 @@ class _Unpaired:
     def _stepped(self, rows: Tensor) -> Tensor:
         """Step along the gradient of the debiased divergence, projected on affine maps."""
         at = self.x + self.design @ rows.T
-        there = coupling_points(at, self.y, eps=self.eps, tol=1e-2)
-        own = coupling_points(at, at, eps=self.eps, tol=1e-2)
-        force = there.barycentric_map(self.y) - own.barycentric_map(at)
-        wanted = self.design.T @ force * (2 * _STEP / len(at))
+        wanted = self.design.T @ force(at, self.y, eps=self.eps) * (2 * _STEP / len(at))
         return rows + torch.cholesky_solve(wanted, self.factor).T
 
 
@@ -234,12 +239,6 @@ def _most(values: Tensor, count: int) -> Tensor:
 def _share(values: Tensor, kept: Tensor) -> float:
     total = float(values.sum())
     return float(values[kept].sum()) / total if total > 0 else 1.0
-
-
-def _few(points: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(points), generator=generator)[:_POINTS]
-    return points[order.sort().values.to(points.device)]
 
 
 def _at(cost: Elastic, price: float) -> Elastic:

@@ -13,7 +13,15 @@ from torch.nn import functional as F
 
 from torch_otprune.errors import StructureError
 
-__all__ = ["FICNN", "PICNN", "InputConvex", "NonNegative", "check_activation", "constrained"]
+__all__ = [
+    "FICNN",
+    "PICNN",
+    "InputConvex",
+    "NonNegative",
+    "check_activation",
+    "check_sizes",
+    "constrained",
+]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -147,6 +155,7 @@ class FICNN(InputConvex):
     ) -> None:
         super().__init__()
         self.activation = check_activation(activation, "FICNN.activation")
+        check_sizes("FICNN", inputs=inputs, outputs=outputs)
         widths = (*_widths(hidden, "FICNN.hidden"), outputs)
         self.first = nn.Linear(inputs, widths[0])
         pairs = list(pairwise(widths))
@@ -195,6 +204,7 @@ class PICNN(InputConvex):
     ) -> None:
         super().__init__()
         self.activation = check_activation(activation, "PICNN.activation")
+        check_sizes("PICNN", inputs=inputs, context=context, outputs=outputs)
         hidden = _widths(hidden, "PICNN.hidden")
         self.u = nn.ModuleList(
             nn.Linear(into, out) for into, out in zip((context, *hidden), hidden, strict=False)
@@ -244,10 +254,29 @@ class _Partial(nn.Module):
         return found
 
 
+def check_sizes(where: str, **sizes: int) -> None:
+    """Refuse a net without inputs, units, layers or outputs.
+
+    Args:
+        where: the class, for the error.
+        **sizes: by the name of their argument.
+
+    Raises:
+        StructureError: naming the argument.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise StructureError(
+                f"{size} is no number of {name}.",
+                where=f"{where}.{name}",
+                fix="give at least 1.",
+            )
+
+
 def _widths(hidden: Sequence[int], where: str) -> tuple[int, ...]:
-    if not hidden or min(hidden) < 1:
+    if not isinstance(hidden, Sequence) or not hidden or min(hidden) < 1:
         raise StructureError(
-            f"{tuple(hidden)} is no list of widths.",
+            f"{hidden} is no list of widths.",
             where=where,
             fix="give at least one positive width.",
         )

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_otprune.errors import StructureError
-from torch_otprune.nn.convex import ACTIVATIONS, InputConvex, NonNegative, check_activation
+from torch_otprune.nn.convex import (
+    ACTIVATIONS,
+    InputConvex,
+    NonNegative,
+    check_activation,
+    check_sizes,
+)
 
 __all__ = ["ICLRNN", "ICLSTM", "ICRNN"]
 
@@ -28,7 +34,23 @@ class _Sequence(InputConvex):
         return next(self.parameters()).new_zeros(1, steps, self.inputs)
 
     def forward(self, x: Float[Tensor, "batch steps inputs"]) -> Float[Tensor, "batch steps out"]:
-        """Compute an output for every step."""
+        """Compute an output for every step.
+
+        Args:
+            x: sequences of at least one step.
+
+        Returns:
+            the outputs.
+
+        Raises:
+            StructureError: if the input has another shape.
+        """
+        if x.dim() != 3 or x.shape[1] < 1 or x.shape[2] != self.inputs:
+            raise StructureError(
+                f"{tuple(x.shape)} is no batch of sequences with {self.inputs} inputs a step.",
+                where=type(self).__name__,
+                fix=f"give (batch, steps, {self.inputs}), with at least one step.",
+            )
         seen = torch.cat([x, -x], dim=-1) if self.doubled else x
         said = list(seen.unbind(1))
         for cell in self.cells:
@@ -72,6 +94,9 @@ class ICRNN(_Sequence):
     ) -> None:
         super().__init__()
         width = self._start(inputs, doubled, activation)
+        check_sizes(
+            type(self).__name__, inputs=inputs, hidden=hidden, outputs=outputs, layers=layers
+        )
         wide = [width, *[hidden] * (layers - 1)]
         self.cells = nn.ModuleList(_PlainCell(into, hidden) for into in wide)
         self.out = NonNegative(hidden, outputs)
@@ -131,6 +156,9 @@ class ICLRNN(_Sequence):
     ) -> None:
         super().__init__()
         width = self._start(inputs, doubled, activation)
+        check_sizes(
+            type(self).__name__, inputs=inputs, hidden=hidden, outputs=outputs, layers=layers
+        )
         wide = [width, *[hidden] * (layers - 1)]
         self.cells = nn.ModuleList(_ShortCell(into, hidden) for into in wide)
         self.out = NonNegative(hidden, outputs)
@@ -200,6 +228,9 @@ class ICLSTM(_Sequence):
     ) -> None:
         super().__init__()
         width = self._start(inputs, doubled, activation)
+        check_sizes(
+            type(self).__name__, inputs=inputs, hidden=hidden, outputs=outputs, layers=layers
+        )
         if gates not in ("relu", "exp"):
             raise StructureError(
                 f"{gates!r} is no kind of gate that keeps a net convex over a step.",

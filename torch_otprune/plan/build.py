@@ -136,10 +136,11 @@ def _told(case: Case, candidates: Sequence[Candidate]) -> list[str]:
 
 def _thin(observation: Observation) -> list[str]:
     """Warn where so few samples decided that the report cannot know better."""
-    if not observation.moments or observation.samples >= _FEW:
+    seen = observation.moments or observation.signals or observation.tangents is not None
+    if not seen or observation.samples >= _FEW:
         return []
-    seen = f"only {observation.samples} calibration samples were seen"
-    return [f"{seen}: what holds on them may not hold on other data"]
+    few = f"only {observation.samples} calibration samples were seen"
+    return [f"{few}: what holds on them may not hold on other data"]
 
 
 def _stuck(policy: Policy, candidates: Sequence[Candidate]) -> list[str]:

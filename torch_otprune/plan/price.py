@@ -13,12 +13,14 @@ from torch_otprune.criteria.base import Ranking, settle
 from torch_otprune.criteria.wide import wide_consumers
 from torch_otprune.errors import CalibrationError
 from torch_otprune.policy import Layers, Policy, Units
+from torch_otprune.policy.registry import Setting
 from torch_otprune.statistics.evidence import Consumer, Evidence
-from torch_otprune.statistics.moments import ridge_factor
+from torch_otprune.statistics.moments import WIDE, ridge_factor
 
-__all__ = ["apart", "dropped", "foreseen", "refittable", "repaired", "weighted"]
+__all__ = ["apart", "dropped", "foreseen", "mendable", "repaired", "weighted"]
 
 _RIDGE = 1e-3
+_BLOCK = 256  # units that are multiplied out at a time
 _MENDERS = 8  # refits behind a layer, beyond which more of them correct no more
 
 
@@ -95,19 +97,23 @@ def dropped(ranking: Ranking, evidence: Evidence) -> Ranking:
     return Ranking(ranking.order, torch.cat([tails, tails.new_zeros(1)]).clamp_min(0))
 
 
-def refittable(evidence: Evidence) -> None:
-    """Refuse to plan a refit that would not fit into memory.
+def mendable(evidence: Evidence, repairs: Sequence[Setting]) -> None:
+    """Refuse to plan a repair that would not fit into memory.
 
     Args:
         evidence: the group.
+        repairs: what its rule declares.
 
     Raises:
-        CalibrationError: if it is so wide that no products of its units were gathered.
+        CalibrationError: if it is so wide that no products of its units were gathered, and a
+            repair refits; or if a coupling of so many units is declared.
     """
-    if wide_consumers(evidence):
-        size = 8 * evidence.units**2 / 2**30
+    refits = any(getattr(repair, "refits", False) for repair in repairs)
+    couples = any(repair.kind == "coupling" for repair in repairs)
+    if (refits and wide_consumers(evidence)) or (couples and evidence.units > WIDE):
+        size, what = 8 * evidence.units**2 / 2**30, "refit" if refits else "coupling"
         raise CalibrationError(
-            f"a refit on {evidence.units:,} units would take {size:.1f} GiB.",
+            f"a {what} on {evidence.units:,} units would take {size:.1f} GiB.",
             where=f"group '{evidence.name}', the rule's repair",
             fix="use repair='none', 'bias' or 'norm' for this group, by a rule of its own.",
         )
@@ -147,11 +153,12 @@ def _by_rows(order: Tensor, consumer: Consumer) -> Float[Tensor, " sizes"]:
     weight = consumer.felt().sum(2)
     total = rows.new_zeros(len(rows), len(weight))
     powers = [rows.new_zeros(1)]
-    step = max(1, 2**23 // max(total.numel(), 1))
-    for part in order.flip(0).split(step):
-        each = (rows[:, part].T[:, :, None] * weight[:, part].T[:, None]).cumsum(0) + total
-        powers.append(each.square().sum((1, 2)) / len(rows))
-        total = each[-1]
+    for part in order.flip(0).split(_BLOCK):
+        h, w = rows[:, part], weight[:, part]
+        pairs = (h.T @ h) * (w.T @ w)  # of this block alone: what its units write together
+        each = 2 * (h * (total @ w)).sum(0) + 2 * pairs.tril(-1).sum(1) + pairs.diagonal()
+        powers.append((total.square().sum() + each.cumsum(0)).clamp_min(0) / len(rows))
+        total = total + h @ w.T
     return torch.cat(powers).flip(0)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_otprune.criteria.base import Criterion, Ranking
 from torch_otprune.errors import StructureError, TargetError
 from torch_otprune.plan.model import Cut, Drop, Refusal
-from torch_otprune.plan.price import apart, dropped, foreseen, refittable, repaired, weighted
+from torch_otprune.plan.price import apart, dropped, foreseen, mendable, repaired, weighted
 from torch_otprune.plan.reach import instead, places
 from torch_otprune.plan.slices import slices
 from torch_otprune.plan.widths import allowed_widths
@@ -314,8 +314,7 @@ def _candidate(case: Case, group: Group, index: int, rule: Units) -> Candidate:
     evidence = _evidence(case, group)
     ranking = criterion.rank(evidence)
     refits = any(getattr(repair, "refits", False) for repair in rule.repair)
-    if refits:
-        refittable(evidence)
+    mendable(evidence, rule.repair)
     curve, unit = _price(case, ranking, evidence, refits=refits)
 
     def decide(size: int) -> Cut:

@@ -101,8 +101,10 @@ def thinnings(
     ties, made = shared(model), dict[str, Thinning]()
     refused: dict[int, list[Refusal]] = {index: [] for index in rules}
     for path, module in model.named_modules():
+        if not (is_dense(module) or isinstance(module, Conv)):
+            continue  # before rules are compared: a tie is to name a layer
         by = owner(list(rules.values()), path, classes, ignore=policy.ignore)
-        if by is None or not (is_dense(module) or isinstance(module, Conv)):
+        if by is None:
             continue
         index = list(rules)[by]
         why = _objection(path, module, rules[index], graph, ties=ties)

@@ -166,7 +166,7 @@ def _sentence(error: PydanticCustomError, where: str) -> PolicyError:
 def _translate(error: ValidationError, root: str, locate: Locator | None) -> OTPruneError:
     """Turn pydantic's first complaint into our three lines."""
     found = error.errors(include_url=False)
-    first, *others = [e for e in found if e["type"] != _ECHO] or found
+    first, *others = _united([e for e in found if e["type"] != _ECHO] or found)
     context = first.get("ctx", {})
     steps = (*first["loc"], context["key"]) if context.get("key") else first["loc"]
     where = (locate(steps) if locate else "") + _spell(root, steps)
@@ -175,6 +175,18 @@ def _translate(error: ValidationError, root: str, locate: Locator | None) -> OTP
     text, fix = _explain(first, _last(root, steps))
     budget = root == "Budget" or first["loc"][:1] == ("budget",)
     return (BudgetError if budget else PolicyError)(text, where=where, fix=fix)
+
+
+def _united(found: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Join what both sides of `Literal["auto"] | float` say of one value."""
+    *path, side = found[0]["loc"] or ("",)
+    if not str(side).startswith("literal["):
+        return found
+    alike = [e for e in found if e["loc"][:-1] == tuple(path)]
+    said = [re.sub(", (unable|got) .*", "", e["msg"]).removeprefix(_SHOULD) for e in alike]
+    joined = _SHOULD + " or ".join(said)
+    first: ErrorDetails = {**found[0], "loc": tuple(path), "msg": joined}
+    return [first, *(e for e in found if e not in alike)]
 
 
 def _spell(root: str, steps: Iterable[int | str]) -> str:
@@ -204,14 +216,15 @@ def _explain(error: ErrorDetails, name: str) -> tuple[str, str]:
     if error["type"] in _PLAIN:
         wanted = _PLAIN[error["type"]]
         return f"{value} is no valid {name}: it should be {wanted}.", f"make it {wanted}."
-    if message.startswith("Input should be "):
-        wanted = re.sub(", (unable|got) .*", "", message.removeprefix("Input should be "))
+    if message.startswith(_SHOULD):
+        wanted = re.sub(", (unable|got) .*", "", message.removeprefix(_SHOULD))
         close = difflib.get_close_matches(str(error["input"]), wanted.split("'")[1::2])
         fix = f"write {close[0]!r}." if close else f"make it {wanted}."
         return f"{value} is no valid {name}: it should be {wanted}.", fix
     return f"{value} is no valid {name}: {message.rstrip('.')}.", f"correct {name}."
 
 
+_SHOULD = "Input should be "
 # What pydantic calls by the names of Python's types.
 _PLAIN = {
     "tuple_type": "a list",

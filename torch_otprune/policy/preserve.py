@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
@@ -35,7 +36,17 @@ def _promises(value: object) -> object:
         bound = isinstance(entry, Mapping) and [*entry] == ["lipschitz"]
         if not (named or bound or isinstance(entry, Lipschitz)):
             raise problem(f"{short(entry)} is nothing that can be preserved.", fix=_FIX)
+        if isinstance(entry, Mapping):
+            _bounded(entry["lipschitz"])
     return tuple(entries)
+
+
+def _bounded(value: object) -> None:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not 0 < value < math.inf:  # type: ignore[operator]
+        raise problem(
+            f"{short(value)} is no lipschitz bound.", fix="give a positive, finite number."
+        )
 
 
 PreserveLike = str | Mapping[str, float] | Lipschitz

@@ -2,6 +2,7 @@
 
 from torch_otprune.repair.base import Note, Patient, Repair, register
 from torch_otprune.repair.bias import Bias
+from torch_otprune.repair.convex_refit import ConvexRefit
 from torch_otprune.repair.coupling import Coupling
 from torch_otprune.repair.least_squares import LeastSquares
 from torch_otprune.repair.none import NoRepair
@@ -11,6 +12,7 @@ from torch_otprune.repair.recurrent import Recurrent
 
 __all__ = [
     "Bias",
+    "ConvexRefit",
     "Coupling",
     "LeastSquares",
     "NoRepair",

@@ -333,6 +333,11 @@ class Repair(Setting, ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()  # statistics that pricing with it takes
     refits: ClassVar[bool] = False  # whether a cut is priced by what a refit leaves
 
+    @property
+    def apart(self) -> bool:
+        """Tell whether it aims at something else than the dense outputs, and judges itself."""
+        return False
+
     @abstractmethod
     def apply_(self, patient: Patient) -> tuple[Note, ...]:
         """Write the cut model.

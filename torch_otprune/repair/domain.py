@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torch_otprune.errors import CalibrationError, RepairError
 from torch_otprune.maps import AffineFit, TransportMap
-from torch_otprune.maps.fold import mapped_before, mapped_behind
+from torch_otprune.maps.fold import known_side, mapped_before, mapped_behind
 from torch_otprune.policy.registry import MAPS
 from torch_otprune.repair.base import Note, Patient
 from torch_otprune.statistics.patches import columns, output_rows, pick, positions, rows
@@ -68,6 +68,7 @@ def adapt_(
         CalibrationError: if a domain has no batches.
         RepairError: if a layer cannot be mended, or none can; the model is as it was then.
     """
+    known_side(side, "adapt_")
     chosen = MAPS.resolve(map)
     assert isinstance(chosen, TransportMap)
     for name, batches in (("reference", reference), ("shifted", shifted)):
@@ -77,6 +78,12 @@ def adapt_(
                 where=f"adapt_, argument {name}",
                 fix="pass some batches of both domains.",
             )
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 4:
+        raise CalibrationError(
+            f"rows is {rows!r}.",
+            where="adapt_, argument rows",
+            fix="pass a whole number, several times the width of the widest layer.",
+        )
     home = copy.deepcopy(model)
     patient = Patient(home, model, trace(model, shifted[0]), (), (), shifted)
     paths = _paths(patient, layers, side)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from torch_otprune.criteria.weights.base import Thinned, WeightCase, WeightCriterion
+from torch_otprune.criteria.weights.trim import behind
 from torch_otprune.errors import CalibrationError
 from torch_otprune.plan.model import Plan, Thinning
 from torch_otprune.plan.weights import weight_rules
@@ -29,6 +31,9 @@ from torch_otprune.surgery.thin import check_zeros, laid, matrices, shaped
 
 __all__ = ["mask_", "samples", "sparsify_"]
 
+_NUDGES = 32  # of all weights: half as many of the weights kept change with the seed as for one
+_ROUNDING = 1e-12  # of a constant's square: what rounding may leave of its variance
+
 
 def sparsify_(patient: Patient, plan: Plan) -> tuple[LayerZeros, ...]:
     """Set the weights that a plan asks for to zero.
@@ -44,8 +49,9 @@ def sparsify_(patient: Patient, plan: Plan) -> tuple[LayerZeros, ...]:
         what was done to every layer, in that order.
 
     Raises:
-        CalibrationError: if a layer has seen no data that its criterion needs, a score is NaN, or
-            no weight keeps a layer's answers within the radius declared for it.
+        CalibrationError: if a layer has seen no data that its criterion needs, or none that
+            vary; if a score is NaN; or if no weight keeps a layer's answers within the radius
+            declared for it.
         VerificationError: if a layer has other zeros than the plan says.
     """
     worker = _Thinner(patient, plan)
@@ -82,6 +88,53 @@ def samples(batches: Sequence[Any]) -> int:
     return int(total)
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """What became of one layer.
+
+    Args:
+        case: the layer as its criterion saw it.
+        sums: of its inputs and of what it is to write.
+        found: the layer with zeros.
+        still: inputs that never vary.
+    """
+
+    case: WeightCase
+    sums: Sums
+    found: Thinned
+    still: Bool[Tensor, "groups columns"]
+
+    @property
+    def power(self) -> float:
+        """Average the squared answers, behind the rectifier where the criterion knows it."""
+        told = self.case.samples
+        if told is None:
+            return float(self.sums.power.sum()) / self.sums.count
+        return float((told.target * told.active).square().sum()) / told.target.shape[1]
+
+    def missed(self, weight: Tensor, intercept: Tensor) -> float:
+        """Average the squared distance from the dense answers, likewise."""
+        told = self.case.samples
+        if told is None:
+            return self.sums.error(weight, intercept)
+        scaled = (weight * told.scale[:, :, None]).mT
+        if told.shifts:
+            scaled = torch.cat([scaled, (intercept * told.scale)[:, None, :]], 1)
+        return sum(float(e.square().sum()) for e in behind(told, scaled)) / told.target.shape[1]
+
+    def notes(self, criterion: WeightCriterion) -> Iterator[str]:
+        """Tell what a reader of the report should know."""
+        if self.found.note:
+            yield self.found.note
+        rows, width = self.sums.count, self.case.weight.shape[2]
+        if criterion.refits and self.case.samples is None and rows < width:
+            yield f"only {rows} rows for {width} inputs: what is fitted may fit their noise"
+        if count := int(self.still.sum()):
+            yield f"{count} of {self.still.numel()} inputs never vary on the calibration data"
+        if not bool(self.found.weight.any()):
+            yield "no weight is left, so it writes a constant"
+
+
 @dataclass
 class _Thinner:
     """The work at one layer after the other."""
@@ -106,8 +159,12 @@ class _Thinner:
     def look(self, sites: Sequence[Site]) -> None:
         """Find out what is read off the whole model at once, where a criterion asks for it."""
         if any("saliency" in self.criterion(self.waiting[s.path]).needs for s in sites):
+            batches = self.patient.batches
             scores = sap_scores(
-                self.patient.dense, self.patient.batches, seed=self.plan.policy.seed
+                self.patient.dense,
+                batches,
+                passes=-(-_NUDGES // len(batches)),
+                seed=self.plan.policy.seed,
             )
             all_sum_(list(scores.values()))
             self.saliency = scores
@@ -143,14 +200,16 @@ class _Thinner:
         aim = read.weight
         if criterion.reads == "cascade" and criterion.refits:
             aim = read.aim(fit, held, centred=read.offset)
-        found = criterion.thin(self._case(entry, read, sums, aim))
+        case = self._case(entry, read, sums, aim)
+        still = _still(case, criterion)
+        found = criterion.thin(case)
         if not bool(torch.isfinite(found.weight).all()):
             raise CalibrationError(
                 f"the weights that stay in '{site.path}' would be NaN or infinite.",
                 where=f"criterion {criterion.kind}",
                 fix="look for NaN or infinity in the weights and the data, or raise damping.",
             )
-        self._write(entry, read, sums, found)
+        self._write(entry, read, _Fit(case, sums, found, still))
         self.patient.progress("weights", len(self.done), len(self.plan.thinned))
 
     def _case(self, entry: Thinning, read: Reading, sums: Sums, aim: Tensor) -> WeightCase:
@@ -172,27 +231,43 @@ class _Thinner:
             saliency=None if saliency is None else laid(read.module, saliency),
         )
 
-    def _write(self, entry: Thinning, read: Reading, sums: Sums, found: Thinned) -> None:
-        criterion, module = self.criterion(entry), read.module
+    def _write(self, entry: Thinning, read: Reading, fit: _Fit) -> None:
+        criterion, module, sums, found = self.criterion(entry), read.module, fit.sums, fit.found
         intercept = read.bias
         if criterion.refits and read.offset:
             intercept = found.shift if found.shift is not None else _intercept(read, sums, found)
         masked = read.weight * (found.weight != 0)
-        power = max(float(sums.power.sum()) / sums.count, 1e-300)
-        error = sums.error(found.weight, intercept)
-        before = sums.error(masked, read.bias)
+        power = max(fit.power, 1e-300)
+        error = fit.missed(found.weight, intercept)
+        before = fit.missed(masked, read.bias)
         if read.offset and criterion.refits:
             self.patient.shift_(entry.layer, (intercept - read.bias).flatten())
         put_(module, "weight", shaped(module, found.weight))
-        self.done[entry.layer] = _told(
-            entry, found, mode=criterion.reads, rows=sums.count, said=_few(read, sums, found)
-        ).model_copy(
+        said = "; ".join(fit.notes(criterion))
+        told = _told(entry, found, mode=criterion.reads, rows=sums.count, said=said)
+        self.done[entry.layer] = told.model_copy(
             update={
                 "masked": sqrt(before / power),
                 "error": sqrt(error / power),
                 "distance": sqrt(error) if found.certificate is None else found.certificate.spent,
             }
         )
+
+
+def _still(case: WeightCase, criterion: WeightCriterion) -> Bool[Tensor, "groups columns"]:
+    """Mark inputs that never vary; where none does, nothing tells the weights apart."""
+    assert case.second is not None
+    assert case.power is not None
+    still = case.second.diagonal(dim1=1, dim2=2) <= _ROUNDING * case.power
+    if bool(still.all()):
+        raise CalibrationError(
+            f"no input of '{case.path}' varies on the calibration data ({case.rows} rows): nothing "
+            "tells its weights apart.",
+            where=f"layer '{case.path}', criterion {criterion.kind}",
+            fix="calibrate on data that differ there, choose criterion='magnitude', or ignore the "
+            "layer.",
+        )
+    return still
 
 
 def _intercept(read: Reading, sums: Sums, found: Thinned) -> Tensor:
@@ -202,13 +277,6 @@ def _intercept(read: Reading, sums: Sums, found: Thinned) -> Tensor:
     if read.mode == "sequential":
         wanted = (read.weight @ mean)[:, :, 0] + read.bias
     return wanted - (found.weight @ mean)[:, :, 0]
-
-
-def _few(read: Reading, sums: Sums, found: Thinned) -> str:
-    width = read.weight.shape[2]
-    if found.note or sums.count >= width:
-        return found.note
-    return f"only {sums.count} rows for {width} inputs: what is fitted may fit their noise"
 
 
 def _told(entry: Thinning, found: Thinned, *, mode: str, rows: int, said: str = "") -> LayerZeros:

@@ -35,7 +35,9 @@ class LayerZeros(_Frozen):
     weights: int = Field(gt=0, description="weights of the layer")
     left: int = Field(ge=0, description="weights that are not zero")
     masked: float | None = Field(
-        default=None, description="relative error of its output by the zeros alone; null unmeasured"
+        default=None,
+        description="relative error of its output by the zeros alone, behind its rectifier if the "
+        "criterion knows that; null unmeasured",
     )
     error: float | None = Field(
         default=None, description="the same with what stays refitted; null unmeasured"
@@ -49,7 +51,7 @@ class LayerZeros(_Frozen):
         default=None, description="what the criterion guaranteed of `distance`; null without one"
     )
     gap: float | None = Field(
-        default=None, description="by which share the convex program's norm may exceed the least"
+        default=None, description="by which share the norm, before the refit, may exceed the least"
     )
     growth: float | None = Field(
         default=None, description="factor by which an error in front may grow, as guaranteed"

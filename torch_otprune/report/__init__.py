@@ -2,6 +2,7 @@
 
 from torch_otprune.report.anatomy import draw_groups
 from torch_otprune.report.compare import agreement, layer_errors, output_error, per_layer_error
+from torch_otprune.report.folds import Folds, LayerFolds, folds
 from torch_otprune.report.images import Images, images_of
 from torch_otprune.report.kernels import trainability
 from torch_otprune.report.measure import count_macs, count_params, interval, latency
@@ -19,10 +20,12 @@ from torch_otprune.report.trainability import Trainability
 
 __all__ = [
     "Agreement",
+    "Folds",
     "Images",
     "Interval",
     "Latency",
     "LayerError",
+    "LayerFolds",
     "OutputError",
     "RepairNote",
     "Report",
@@ -32,6 +35,7 @@ __all__ = [
     "count_params",
     "draw_groups",
     "environment",
+    "folds",
     "images_of",
     "interval",
     "latency",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +63,7 @@ def trainability(
     Source: Jacot et al. 2018 for the kernel and its linear dynamics; Hutchinson 1990 for traces;
     the comparison of frozen kernel and real steps is ours.
     """
-    start, batches = time.perf_counter(), list(batches)
+    start, batches = time.perf_counter(), _listed(batches)
     _check(batches, steps=steps, rate=rate, probes=probes)
     with Jacobian(dense, batches, output=output) as one:
         goal = one.values()
@@ -90,6 +90,18 @@ def trainability(
         memory=held,
         seconds=time.perf_counter() - start,
     )
+
+
+def _listed(batches: Any) -> list[Any]:
+    """Take what other functions take: a list, a loader, one tensor."""
+    alone = isinstance(batches, Mapping | str) or not isinstance(batches, Iterable)
+    if alone:
+        raise CalibrationError(
+            f"the batches are of type {type(batches).__name__}.",
+            where="trainability, argument batches",
+            fix="pass a list of batches or a DataLoader.",
+        )
+    return [batches] if isinstance(batches, Tensor) else list(batches)
 
 
 def _check(batches: Sequence[Any], *, steps: int, rate: float | None, probes: int) -> None:
@@ -283,7 +295,7 @@ def _wanted(targets: Sequence[Tensor], jacobian: Jacobian) -> Tensor:
         flat = target.detach().cpu()
         rows = batch_size(jacobian.batches[number])
         if not flat.is_floating_point() and flat.numel() == rows and size % rows == 0:
-            flat = nn.functional.one_hot(flat.flatten().long(), size // rows)
+            flat = _one_hot(flat.flatten().long(), size // rows)
         parts.append(flat.double().flatten())
     if [len(part) for part in parts] != jacobian.sizes:
         raise CalibrationError(
@@ -291,7 +303,26 @@ def _wanted(targets: Sequence[Tensor], jacobian: Jacobian) -> Tensor:
             where="trainability, argument targets",
             fix="pass one tensor per batch: of the outputs' shape, or a class number per sample.",
         )
-    return torch.cat(parts)
+    wanted = torch.cat(parts)
+    if not bool(torch.isfinite(wanted).all()):
+        raise CalibrationError(
+            "a target is NaN or infinite.",
+            where="trainability, argument targets",
+            fix="pass finite targets.",
+        )
+    return wanted
+
+
+def _one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Lay class numbers out; those that name no class, as for words to be ignored, are refused."""
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise CalibrationError(
+            f"class {int(wrong[0])} is none of the {classes} that the model tells apart.",
+            where="trainability, argument targets",
+            fix=f"pass class numbers from 0 to {classes - 1}, or values of the outputs' shape.",
+        )
+    return nn.functional.one_hot(labels, classes)
 
 
 def _speed(one: Jacobian, two: Jacobian, residual: Tensor) -> float | None:

@@ -8,7 +8,33 @@ from dataclasses import dataclass, replace
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["ChainEvidence", "SiteEvidence"]
+__all__ = ["ChainEvidence", "SiteEvidence", "SiteFold"]
+
+
+@dataclass(frozen=True)
+class SiteFold:
+    """How one rectifier's units switch along straight paths between samples: means over paths.
+
+    A fold score is the share of switches that do not add to the largest distance from the start:
+    0 where no unit ever switches back on balance, towards 1 where all is undone.
+
+    Args:
+        switch: switches per unit and path.
+        score: fold score of this rectifier's own units.
+        increment: what the rectifier adds to the fold score of all in front of it; may be negative.
+        weighted_switch: the same as `switch`, units counted by how much they bend the next layers.
+        weighted_score: the same as `score`, likewise.
+        weighted_increment: the same as `increment`, likewise.
+        paths: how many.
+    """
+
+    switch: float
+    score: float
+    increment: float
+    weighted_switch: float
+    weighted_score: float
+    weighted_increment: float
+    paths: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +59,7 @@ class SiteEvidence:
         reads: squared norm of the next linear layers' weights on each channel; None where it
             cannot be told.
         magnitude: mean absolute non-zero weight of the linear layer in front; None without one.
+        fold: how its units switch along paths between samples; None where no criterion asked.
     """
 
     name: str
@@ -49,6 +76,7 @@ class SiteEvidence:
     norm: tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]] | None
     reads: Float[Tensor, " channels"] | None
     magnitude: float | None
+    fold: SiteFold | None = None
 
 
 @dataclass(frozen=True)

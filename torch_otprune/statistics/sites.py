@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +22,7 @@ from torch_otprune.structure.layers import Conv
 from torch_otprune.structure.sites import FUNCTIONS, op_of
 from torch_otprune.structure.wiring import first_of, stream_of
 
-__all__ = ["mean_weights", "real", "watch_sites"]
+__all__ = ["Taker", "Watch", "mean_weights", "real", "watch_sites"]
 
 _PIECE = 1 << 22  # values that are widened to float64 at a time
 
@@ -53,14 +53,15 @@ def watch_sites(
     Source: Chan, Golub & LeVeque 1979 for merging.
     """
     wanted = [site for site in sites if site.channels]
-    watch = _Watch(model, wanted)
+    pools = [_Pool(site) for site in wanted]
+    watch = Watch(model, wanted, pools)
     with outside_inference(), evaluating(model), torch.no_grad(), watch:
         for batch in batches:
             watch.begin(batch)
             run(model, batch)
-    _check(watch.pools)
-    _share_(watch.pools)
-    return {pool.site.name: pool.evidence(model) for pool in watch.pools}
+    _check(pools)
+    _share_(pools)
+    return {pool.site.name: pool.evidence(model) for pool in pools}
 
 
 def real(batch: Any, size: int, total: int) -> Bool[Tensor, "samples positions"]:
@@ -259,17 +260,36 @@ def _magnitude(model: nn.Module, site: Site) -> float | None:
     return float(alive.mean()) if len(alive) else 0.0
 
 
-class _Watch(TorchFunctionMode):
-    """Catch the wanted activations, whether they are modules or functions."""
+class Taker(Protocol):
+    """What wants to see every call of one activation."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    def take(self, z: Tensor, phi: Tensor, batch: Any) -> None:
+        """Look at the input and the output of one call.
+
+        Args:
+            z: what went in, a copy.
+            phi: what came out.
+            batch: what the model was run on.
+        """
+
+
+class Watch(TorchFunctionMode):
+    """Catch the wanted activations, whether they are modules or functions.
+
+    Args:
+        model: it is hooked while the watch is entered.
+        sites: the activations to catch.
+        takers: who sees each of them.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], takers: Sequence[Taker]) -> None:
         super().__init__()
-        self.model, self.pools = model, [_Pool(site) for site in sites]
-        self.wanted: dict[_Key, _Pool] = {
-            (s.module, s.function if s.functional else "", s.ordinal): pool
-            for s, pool in zip(sites, self.pools, strict=True)
+        self.model = model
+        self.wanted: dict[_Key, Taker] = {
+            (s.module, s.function if s.functional else "", s.ordinal): taker
+            for s, taker in zip(sites, takers, strict=True)
         }
-        self.open: list[tuple[str, _Pool | None, Tensor | None]] = []
+        self.open: list[tuple[str, Taker | None, Tensor | None]] = []
         self.calls: Counter[tuple[str, str]] = Counter()
         self.batch: Any = None
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -280,7 +300,7 @@ class _Watch(TorchFunctionMode):
         self.calls.clear()
         self.open.clear()
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> Watch:
         # All modules: a function belongs to the innermost one that is running.
         for name, module in self.model.named_modules():
             enter, leave = Enter(self, name), Leave(self)
@@ -297,7 +317,7 @@ class _Watch(TorchFunctionMode):
             handle.remove()
         self.open.clear()
 
-    def _due(self, path: str, function: str) -> _Pool | None:
+    def _due(self, path: str, function: str) -> Taker | None:
         self.calls[path, function] += 1
         return self.wanted.get((path, function, self.calls[path, function]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from jaxtyping import Float
@@ -63,7 +64,8 @@ def tangents(model: nn.Module, batches: Sequence[Any], *, draws: int, seed: int)
     """Measure every parameter's squared gradients, sample by sample, over all ranks.
 
     With random signs `v`, the expectation of `|J'v|^2` is the squared norm of the output's
-    Jacobian; each sample is run by itself, so that no two of them mix, whatever the batches.
+    Jacobian; each sample is run by itself, so that no two of them mix, whatever the batches. A
+    sample's signs are its own, drawn from what it holds: errors then cancel between samples.
 
     Args:
         model: any module; left as it was, evaluated as in inference.
@@ -81,7 +83,7 @@ def tangents(model: nn.Module, batches: Sequence[Any], *, draws: int, seed: int)
     with outside_inference(), evaluating(model), gradients(model):
         for piece in (piece for batch in batches for piece in chunks(batch, 1)):
             outputs = [t for t in flat_tensors(run(model, piece)) if t.requires_grad]
-            generator = torch.Generator("cpu").manual_seed(seed)
+            generator = torch.Generator("cpu").manual_seed(_own(piece, seed))
             for draw in range(draws if outputs else 0):
                 drawn = [signs(t, generator) for t in outputs]
                 found = slopes_of(outputs, [*named.values()], drawn, more=draw + 1 < draws)
@@ -91,6 +93,14 @@ def tangents(model: nn.Module, batches: Sequence[Any], *, draws: int, seed: int)
     all_sum_(squares.values())
     sizes = {n: float(p.detach().double().square().mean()) for n, p in named.items() if p.numel()}
     return Tangents(squares, {n: sizes.get(n, 0.0) for n in named})
+
+
+def _own(sample: Any, seed: int) -> int:
+    """Number a sample by its content: the same in any batch and on any rank."""
+    for t in flat_tensors(sample):
+        held = t.detach().cpu().contiguous().flatten().view(torch.uint8)
+        seed = crc32(held.numpy().tobytes(), seed)
+    return seed
 
 
 def tangents_quote(model: nn.Module) -> int:

@@ -67,6 +67,7 @@ _ANYWHERE = {
     "did not run": "pass an example that reaches it, or remove it from the model.",
 }
 _LINE = re.compile(r"\(at (?P<line>\S+:\d+)\)$")
+_INSIDE = re.compile(r", in '[^']*'$")  # a path has numbers of its own
 _NORMED = re.compile(
     r"outputs differ by .* at \S*?(layer_norm|rms_norm|mean|var|var_mean|std|std_mean)\b.*"
     r"\(at (?P<line>\S+:\d+)\)$"
@@ -165,7 +166,7 @@ def counted(said: str, sizes: Sequence[int]) -> str:
     if "multiple of 16 bytes" in said:  # a fused kernel's, as of experts in one table
         return "give the rule a multiple_of: 4 in float32, 8 in a type of 16 bits."
     place = _LINE.search(said)
-    head = said[: place.start()] if place else said
+    head = said[: place.start()] if place else _INSIDE.sub("", said)
     there = set(map(int, re.findall(r"\d+", head)))
     number = next((f"the number {size}" for size in sizes if size in there), "a number")
     if "invalid for input of size" in head:  # a view or a reshape

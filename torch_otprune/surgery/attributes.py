@@ -62,6 +62,11 @@ class _Case:
         )
 
     @property
+    def each(self) -> set[int]:
+        """How many channels one head has, layer by layer."""
+        return {w.old // self.cut.units for w in self.widths if w.old > self.cut.units}
+
+    @property
     def stream(self) -> bool:
         """A norm, a table or a whole model's width is among them: a residual stream."""
         return not self.heads and any(
@@ -205,6 +210,8 @@ def _follow(case: _Case, room: nn.Module, key: str, value: Any, *, near: bool) -
     if _NEVER.search(key) or _HEADS.search(key) or not near:
         return None
     sizes = {w.old: w.new for w in case.widths if w.old > 1}
+    if case.heads and _counts_heads(room) and case.cut.units in case.each:
+        sizes.pop(case.cut.units, None)  # heads are counted under their name: this is their size
     if key == _STREAM and value in _uncut_sides(case, room):
         return None
     if not case.heads:

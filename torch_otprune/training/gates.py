@@ -253,9 +253,10 @@ def _read(model: nn.Module, group: Group) -> Iterator[_Scaled]:
                     where=f"criterion 'dtp', group '{group.name}'",
                     fix="remove the parametrisation first, or `ignore` this group.",
                 )
-            size = getattr(owner, name).shape[axis]
+            held = getattr(owner, name)
             # a filter of a grouped convolution reads the same place of every group
-            yield _Scaled(owner, name, axis, group.name, units[:size])
+            own = units[: held.shape[axis]].to(held.device)
+            yield _Scaled(owner, name, axis, group.name, own)
 
 
 def _whole(member: Member) -> Slice:

@@ -113,7 +113,7 @@ class Pool:
         gap = float((some - level).abs().median())
         return 2 * steps * max(gap, _LEAST) / _FIRM
 
-    def learn_(self, masks: Mapping[str, Tensor], eps: float, *, lr: float, step: int) -> None:
+    def learn_(self, masks: Mapping[str, Tensor], eps: float, *, lr: float, step: int) -> bool:
         """Move the scores against the gradient that the masks gathered, alike on all ranks.
 
         Args:
@@ -121,18 +121,22 @@ class Pool:
             eps: softness.
             lr: step size.
             step: number of this update, from 1.
+
+        Returns:
+            whether they moved: not where the gradient is NaN or infinite.
         """
         gathered = [(masks[name], masks[name].grad) for name in self.names]
         pull = torch.cat([torch.zeros_like(m) if g is None else g for m, g in gathered])
         all_sum_([pull])
         pull /= ranks()
         if not bool(pull.isfinite().all()):
-            return  # half precision overflowed: the optimiser skips this step as well
+            return False  # half precision overflowed: the optimiser skips this step as well
         slope = self.flat * (1 - self.flat)
         paid = self.paid * slope
         total = paid.sum(dtype=torch.float64)
         level = (slope * pull).sum(dtype=torch.float64) / total if total > 0 else total
         self._descend_((2 / eps) * (slope * pull - paid * level.float()), lr, step)
+        return True
 
     def _descend_(self, slope: Tensor, lr: float, step: int) -> None:
         """Take one step of Adam."""
@@ -159,16 +163,16 @@ class Pool:
         """
         pinned = torch.zeros_like(self.flat, dtype=torch.bool)
         level = self._level(prices, pinned)
-        if level is None:
-            self.flat.fill_(1.0)
-            return
         for _ in self.seats:  # a budget must not empty a group
-            if not (short := self._short()):
+            if level is None or not (short := self._short()):
                 break
             for i in short:
                 best = self.logits.split(self.sizes)[i].argsort(descending=True, stable=True)
                 pinned.split(self.sizes)[i][best[: self.seats[i].widths[0]]] = True
-            level = self._level(prices, pinned) or level
+            level = self._level(prices, pinned)
+        if level is None:
+            self.flat.fill_(1.0)
+            return
         self.logits = (self.logits - level).clamp_(-_CLAMP, _CLAMP)
 
     def _level(self, prices: Sequence[Price], pinned: Tensor) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_otprune.criteria.masks import MaskSetting
+from torch_otprune.criteria.masks import UNTRAINED, MaskSetting
 from torch_otprune.errors import BudgetError, CalibrationError, LoadError
 from torch_otprune.statistics.evidence import Learnt
 from torch_otprune.statistics.reduce import ranks, ranks_where
@@ -57,7 +57,7 @@ class Search:
         self.setting, self.pools, self.limits = setting, tuple(pools), dict(limits)
         self.costs = {name: costs[name] for name in limits}
         self.dense = dict(widths)
-        self.taken, self.hard, self.rest = 0, False, 0.0
+        self.taken, self.lost, self.hard, self.rest = 0, 0, False, 0.0
         self._linear = {name: Linearised(cost) for name, cost in self.costs.items()}
         self._whole = {name: float(cost.at(widths)) for name, cost in self.costs.items()}
         self._reachable()
@@ -102,13 +102,24 @@ class Search:
                 "then optimizer.step(), then attached.step(), once each.",
             )
         self.taken += 1
-        for pool in self.pools:
-            pool.learn_(self.masks, self.eps, lr=self._lr, step=self.taken)
+        moved = [p.learn_(self.masks, self.eps, lr=self._lr, step=self.taken) for p in self.pools]
+        self.lost += not all(moved)
         if self.taken >= self.setting.steps:
             self.harden()
             return True
         self._advance()
         return False
+
+    @property
+    def note(self) -> str:
+        """Say how hard masks came about."""
+        if not self.taken:
+            return UNTRAINED
+        lost = f"; in {self.lost} of them a gradient was NaN or infinite, and moved nothing"
+        return (
+            f"dtp: masks are hard since step {self.taken} of {self.setting.steps}; the mean of "
+            f"m(1-m) was {self.rest:.1e} before" + (lost if self.lost else "")
+        )
 
     def harden(self) -> None:
         """Settle what stays: masks are 0 or 1 from now on, and every budget holds exactly."""
@@ -132,10 +143,7 @@ class Search:
         """
         if not self.hard:
             return {}
-        note = (
-            f"dtp: masks are hard since step {self.taken} of {self.setting.steps}; the mean of "
-            f"m(1-m) was {self.rest:.1e} before"
-        )
+        note = self.note
         found: dict[str, Learnt] = {}
         for pool in self.pools:
             flats = zip(pool.names, pool.logits.split(pool.sizes), strict=True)
@@ -148,6 +156,7 @@ class Search:
         """Write everything that training needs to go on as if it had not stopped."""
         return {
             "steps": self.taken,
+            "lost": self.lost,
             "hard": self.hard,
             "rest": self.rest,
             "eps": self.eps,
@@ -170,7 +179,8 @@ class Search:
                 where="Attached.load_state_dict, criterion 'dtp'",
                 fix="attach to the dense model that the checkpoint was made with.",
             )
-        self.taken, self.hard = int(state["steps"]), bool(state["hard"])
+        self.taken, self.lost = int(state["steps"]), int(state["lost"])
+        self.hard = bool(state["hard"])
         self.rest, self.eps = float(state["rest"]), float(state["eps"])
         for pool, known in zip(self.pools, state["pools"], strict=True):
             pool.load_state_dict(known)

@@ -6,6 +6,7 @@ from torch_otprune.transport.barycenter import barycenter_1d, barycenter_gaussia
 from torch_otprune.transport.cost import ground_cost, sqdist
 from torch_otprune.transport.couple import Coupling
 from torch_otprune.transport.couplings import coupling, coupling_points, couplings
+from torch_otprune.transport.critic import Critic, critic
 from torch_otprune.transport.dispatch import explain
 from torch_otprune.transport.distance import wasserstein
 from torch_otprune.transport.divergence import Divergence, divergence, divergence_report
@@ -31,6 +32,7 @@ from torch_otprune.transport.wide import Neighbours, nearest
 
 __all__ = [
     "Coupling",
+    "Critic",
     "Divergence",
     "Estimate",
     "FacilityLocation",
@@ -48,6 +50,7 @@ __all__ = [
     "coupling",
     "coupling_points",
     "couplings",
+    "critic",
     "divergence",
     "divergence_report",
     "estimate",

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_otprune.transport.checks import cloud, refuse, same_space
 from torch_otprune.transport.cost import root
 from torch_otprune.transport.couple import Coupling
+from torch_otprune.transport.critic import Critic
 from torch_otprune.transport.divergence import Divergence
 from torch_otprune.transport.flowtree import Flowtree
 from torch_otprune.transport.gaussian import GaussianMap
@@ -20,7 +21,7 @@ from torch_otprune.transport.sliced import MaxSliced
 
 __all__ = ["Estimate", "estimate", "paired_distance", "paired_rows"]
 
-Found = Tensor | float | Coupling | Divergence | Flowtree | GaussianMap | MaxSliced
+Found = Tensor | float | Coupling | Critic | Divergence | Flowtree | GaussianMap | MaxSliced
 Distance = Callable[[Tensor, Tensor], Found]
 
 
@@ -139,7 +140,7 @@ def _number(found: Found) -> float:
     if isinstance(found, Coupling):
         p = found.geometry.p if isinstance(found.geometry, Cloud) else 1.0
         return float(max(found.cost, 0.0) ** (1 / p))
-    if isinstance(found, Divergence | Flowtree | GaussianMap | MaxSliced):
+    if isinstance(found, Critic | Divergence | Flowtree | GaussianMap | MaxSliced):
         found = found.distance
     entries = found.numel() if isinstance(found, Tensor) else 1
     refuse(

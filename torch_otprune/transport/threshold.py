@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ def threshold(
         the threshold, after at most `PASSES` - 1 reads of every entry; writing the mask is one.
 
     Raises:
-        TransportError: if a score is NaN or infinite, or the budget is out of its range.
+        TransportError: if a score is NaN or infinite, or the budget, eps or a cost is out of range.
 
     Source: ours; logistic masks are the entropic transport plan onto {0, 1} (Xie et al. 2020).
     """
@@ -123,8 +123,14 @@ class _Entries:
     def __init__(self, parts: Sequence[Tensor], costs: Sequence[Tensor | float], eps: float):
         self.parts = [part.detach().reshape(-1) for part in parts if part.numel()]
         given = [c for c, part in zip(costs, parts, strict=True) if part.numel()]
-        self.costs = [c.detach().reshape(-1) if isinstance(c, Tensor) else c for c in given]
+        self.costs = [c.detach().reshape(-1) if isinstance(c, Tensor) else float(c) for c in given]
         self.eps, self.passes = eps, 0
+        refuse(
+            not 0 < eps < math.inf,
+            f"a softness of {eps} is not above 0 and finite.",
+            where="threshold, argument eps",
+            fix="pass a positive number, in the unit of the scores.",
+        )
         self.count = sum(part.numel() for part in self.parts)
         refuse(
             not self.count,
@@ -133,26 +139,23 @@ class _Entries:
             fix="pass at least one score.",
         )
 
-    def _sweep(self, look: Callable[[Tensor, Tensor | float], Tensor]) -> Tensor:
-        """Show every chunk once, with its costs; stack what is made of them."""
+    def _sweep(self) -> Iterator[tuple[Tensor, Tensor | float]]:
+        """Show every chunk once, with its costs."""
         self.passes += 1
-        found = []
         for part, cost in zip(self.parts, self.costs, strict=True):
             size = _chunk(part)
             for i in range(0, len(part), size):
-                paid = cost[i : i + size] if isinstance(cost, Tensor) else cost
-                found.append(look(part[i : i + size], paid))
-        return torch.stack(found).cpu()
+                yield part[i : i + size], cost[i : i + size] if isinstance(cost, Tensor) else cost
 
     def range(self) -> tuple[float, float, float]:
         """Return the least and the largest score, in units of eps, and the sum of all costs."""
-
-        def look(scores: Tensor, cost: Tensor | float) -> Tensor:
+        seen = []
+        for scores, cost in self._sweep():
             ends = torch.stack(torch.aminmax(scores)).double()
-            whole = cost * len(scores) if isinstance(cost, float) else cost.sum(dtype=ends.dtype)
-            return torch.cat([ends, torch.as_tensor(whole).to(ends).view(1)])
-
-        found = self._sweep(look)
+            paid = torch.as_tensor(cost, dtype=ends.dtype, device=ends.device)
+            whole = paid.sum() if paid.dim() else paid * len(scores)
+            seen.append(torch.cat([ends, torch.stack([whole, paid.amin()])]))
+        found = torch.stack(seen).cpu()
         low, high = float(found[:, 0].min()), float(found[:, 1].max())
         refuse(
             not (math.isfinite(low) and math.isfinite(high)),
@@ -160,34 +163,40 @@ class _Entries:
             where=f"threshold of {self.count} scores, argument parts",
             fix="look for NaN or infinity in the gradients that made them.",
         )
+        refuse(
+            not float(found[:, 3].min()) > 0,
+            "a cost is not above 0.",
+            where=f"threshold of {self.count} scores, argument costs",
+            fix="leave out what costs nothing: it stays.",
+        )
         return low / self.eps, high / self.eps, float(found[:, 2].sum())
 
     def histogram(self, low: float, high: float) -> Tensor:
         """Add costs up between two ends, in units of eps; what lies outside counts at the ends."""
         scale = BINS / max(high - low, _ALIKE * max(abs(low), 1.0))
 
-        def look(scores: Tensor, cost: Tensor | float) -> Tensor:
+        bins = torch.zeros(BINS, dtype=torch.float64, device=self.parts[0].device)
+        for scores, cost in self._sweep():
             # in float64: a bin must hold what its ends say, or it brackets nothing
             place = (scores.double() - low * self.eps).mul_(scale / self.eps)
             at = place.clamp_(0, BINS - 1).long()
             if isinstance(cost, Tensor):
-                return torch.bincount(at, weights=cost.double(), minlength=BINS)
-            return torch.bincount(at, minlength=BINS).double() * cost
-
-        return self._sweep(look).sum(0)
+                bins += torch.bincount(at, weights=cost.double(), minlength=BINS)
+            else:
+                bins += torch.bincount(at, minlength=BINS).double() * cost
+        return bins.cpu()
 
     def spent(self, t: float) -> tuple[float, float]:
         """Return the budget spent at a threshold, and minus its derivative, in units of eps."""
-
-        def look(scores: Tensor, cost: Tensor | float) -> Tensor:
+        seen = []
+        for scores, cost in self._sweep():
             mask = _logistic(scores, t * self.eps, self.eps)
             paid = mask * cost if isinstance(cost, Tensor) else mask
             slope = (paid - paid * mask).sum(dtype=torch.float64)
             both = torch.stack([paid.sum(dtype=torch.float64), slope])
-            return both if isinstance(cost, Tensor) else both * cost
-
-        value, slope = self._sweep(look).sum(0).tolist()
-        return value, slope
+            seen.append(both if isinstance(cost, Tensor) else both * cost)
+        value, down = torch.stack(seen).sum(0).tolist()
+        return value, down
 
 
 def _bracket(bins: Tensor, reach: tuple[float, float], budget: float) -> tuple[float, float]:

@@ -64,16 +64,18 @@ def nearest(
         indices and distances; memory is linear in n, time with trees too.
 
     Raises:
-        TransportError: if a point is not finite, there is one alone, or the count is none.
+        TransportError: if a point is not finite, there is one alone, or the count or the trees
+            are none.
 
     Source: Backurs et al. 2020 for the trees of cells whose matches are priced by true distances;
     Dong et al. 2011 for neighbours of neighbours.
 
-    Limits: where points fill many dimensions evenly, trees miss many neighbours; those they find
-    instead are hardly further away.
+    Limits: where points fill many dimensions evenly, trees miss most neighbours of very many
+    points; those they find instead are a few per cent further away.
     """
     points = cloud(points, "points").detach()
     at_least_one(count, "count")
+    at_least_one(trees, "trees")
     n = len(points)
     refuse(
         n < 2,
@@ -83,33 +85,36 @@ def nearest(
     )
     count = min(count, n - 1)
     few = n <= 2 * count  # a stretch of leaves would be all of them
+    middle = points - points.mean(0)  # what all share would cancel digits of products
+    unit = float(middle.abs().max()) or 1.0  # squares of any other size leave single precision
+    middle = middle / unit
     if few or method == "exact" or (method == "auto" and n <= FEW):
-        return _every(points, count)
-    middle = points - points.mean(0)  # as for all pairs below
+        near, far = _every(middle, count)
+        return Neighbours(near, far * unit, exact=True)
     found = _trees(middle, count, trees, seed)
     for turn in range(rounds):
         found, moved = _around(middle, found, seed + turn)
         if moved < STILL:
             break
     every = torch.arange(n, device=points.device).split(BLOCK)
-    near, squared = zip(*(_priced(points, part, found[0][part]) for part in every), strict=True)
-    return Neighbours(torch.cat(near), torch.cat(squared).sqrt(), exact=False)
+    priced = [_priced(middle, part, found[0][part]) for part in every]
+    near, squared = (torch.cat([pair[side] for pair in priced]) for side in (0, 1))
+    return Neighbours(near, squared.sqrt() * unit, exact=False)
 
 
-def _every(points: Tensor, count: int) -> Neighbours:
+def _every(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Compare all pairs, some rows at a time."""
-    middle = points - points.mean(0)  # the shortcut below cancels where points share an offset
-    power = middle.square().sum(1)
+    power = points.square().sum(1)
     places, far = [], []
     step = max(1, 2**24 // len(points))
     for part in torch.arange(len(points), device=points.device).split(step):
-        squared = power[part, None] + power - 2 * (middle[part] @ middle.T)
+        squared = power[part, None] + power - 2 * (points[part] @ points.T)
         squared[torch.arange(len(part)), part] = torch.inf
         best = squared.topk(min(count + 8, len(points) - 1), dim=1, largest=False).indices
         near, squared = _priced(points, part, best)
         places.append(near[:, :count])
         far.append(squared[:, :count].sqrt())
-    return Neighbours(torch.cat(places), torch.cat(far), exact=True)
+    return torch.cat(places), torch.cat(far)
 
 
 def _priced(points: Tensor, rows: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

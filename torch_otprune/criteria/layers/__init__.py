@@ -18,6 +18,7 @@ from torch_otprune.criteria.layers.loss_delta import LossDelta
 from torch_otprune.criteria.layers.magnitude import Magnitude
 from torch_otprune.criteria.layers.max_sliced import MaxSliced
 from torch_otprune.criteria.layers.random import Random
+from torch_otprune.criteria.layers.space_folds import SpaceFolds
 from torch_otprune.criteria.layers.stein import Stein
 from torch_otprune.criteria.layers.tlc import TLC
 from torch_otprune.criteria.layers.transport import Transport
@@ -39,6 +40,7 @@ __all__ = [
     "Random",
     "ScoreLayerCriterion",
     "SiteCriterion",
+    "SpaceFolds",
     "Stein",
     "Transport",
     "register",

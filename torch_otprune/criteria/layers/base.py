@@ -18,7 +18,7 @@ from torch_otprune.statistics.depth import ChainEvidence, SiteEvidence
 
 __all__ = ["LayerCriterion", "LayerNeed", "ScoreLayerCriterion", "SiteCriterion", "register"]
 
-LayerNeed = Literal["points", "writers", "feel", "sites", "trial"]
+LayerNeed = Literal["points", "writers", "feel", "sites", "folds", "trial"]
 register = LAYER_CRITERIA.register
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_otprune.errors import CalibrationError
 from torch_otprune.statistics.depth import SiteEvidence
 
-__all__ = ["entropy_bits", "observed"]
+__all__ = ["affine_residual", "entropy_bits", "observed"]
 
 
 def observed(evidence: SiteEvidence, criterion: str) -> SiteEvidence:
@@ -51,3 +51,21 @@ def entropy_bits(*shares: Float[Tensor, " channels"]) -> Float[Tensor, " channel
     settled = torch.where(states.abs() < 1e-12, 0.0, states)
     nats: Tensor = torch.special.entr(settled).sum(0).clamp_min(0)
     return nats / math.log(2)
+
+
+def affine_residual(evidence: SiteEvidence) -> float:
+    """Measure what the best line per channel misses, as a share of the output's root mean square.
+
+    Args:
+        evidence: of the activation.
+
+    Returns:
+        from 0 to 1; 0 where there is no output.
+    """
+    varies = evidence.var > 0
+    slope = torch.where(varies, evidence.cov / torch.where(varies, evidence.var, 1.0), 0.0)
+    power = evidence.out_var.clamp_min(0)
+    left = torch.minimum((power - slope * evidence.cov).clamp_min(0), power)
+    left = torch.where(varies, left, 0.0)
+    total = float((power + evidence.out_mean.square()).sum())
+    return (float(left.sum()) / total) ** 0.5 if total > 0 else 0.0

@@ -52,10 +52,12 @@ class NetTrim(WeightCriterion):
     then. With neither, the rule says how many weights stay, and the radius is searched for.
 
     The solution shrinks what it keeps. So it decides which weights stay, and these are refitted
-    behind the rectifier, which can only bring the answers nearer.
+    behind the rectifier, which can only bring the answers nearer. Where the solver stops outside
+    of a declared radius and the refit does not come back into it, all weights stay.
 
-    Limits: takes time in proportion to the rows, and rows of at least twice the columns; with
-    fewer, the note says that zeros fit noise. At one density, `alps` is nearer as a rule.
+    Limits: the gap is about the solution before its refit. Takes time in proportion to the rows,
+    and rows of at least twice the columns; with fewer, the note says that zeros fit noise. At one
+    density, `alps` is nearer as a rule.
 
     Source: Aghasi, Abdi, Nguyen & Romberg 2017, "Net-Trim: convex pruning of deep neural networks
     with performance guarantee", equation 6, and Aghasi, Abdi & Romberg 2020 for parallel and
@@ -185,7 +187,28 @@ class _Work:
         roof = torch.maximum(self.told.roof, self.told.x @ anchor)
         solved = self._solve(replace(self.whole, roof=roof, radius=squares.sqrt()))
         mask = self._matrix(solved.weight) != 0
-        return self._thinned(solved.weight, mask, solved, radius, growth)
+        weight, note = self._within(solved.weight.double(), mask, anchor, radius)
+        root = sqrt(self.rows)
+        proof = Certificate(
+            radius / root, sqrt(self.cost(weight)) / root, _worst(solved.gap), growth
+        )
+        return self._thinned(weight, proof, note)
+
+    def _within(
+        self, weight: Tensor, mask: Tensor, anchor: Tensor, radius: float
+    ) -> tuple[Tensor, str]:
+        """Refit, and keep the radius even where the solver stopped outside of it."""
+        most = (radius * (1 + _ROOM)) ** 2
+        if self.setting.refit or self.cost(weight) > most:
+            weight = self._behind(self._with_intercept(mask), weight)
+        spent = self.cost(weight)
+        if spent <= most:
+            return weight, ""
+        root = sqrt(self.rows)
+        return anchor, (
+            f"the solver stopped outside of its radius, {sqrt(spent) / root:.3g} of "
+            f"{radius / root:.3g}, so all weights stay; raise rounds"
+        )
 
     def _power(self) -> Tensor:
         return (self.told.target * self.told.active).square().sum(1, keepdim=True)
@@ -216,10 +239,14 @@ class _Work:
                 f"{radius / sqrt(self.rows):.3g}: layers in front have moved its inputs so far "
                 f"that {least:.3g} is the least.",
                 where=f"layer '{self.case.path}', criterion net_trim, {self.rows} rows",
-                fix=f"allow at least {least * 1.05:.2g}, raise gamma to 1 or more, or choose "
-                "mode='parallel'.",
+                fix=f"{self._wider(least)}, or choose mode='parallel'.",
             )
         return best
+
+    def _wider(self, least: float) -> str:
+        if self.setting.w2 is not None:
+            return f"give a w2 of at least {least * 1.05:.2g}"
+        return "raise gamma to 1 or more"
 
     def _solve(
         self, program: Program, start: Solved | None = None, *, rounds: int = sys.maxsize
@@ -257,8 +284,10 @@ class _Work:
             if self.case.amount <= count <= self.case.amount * _NEAR:
                 break
         assert last is not None
-        chosen = self._largest(last.weight if found is None else found)
-        return self._thinned(*chosen, last, None, None)
+        chosen, mask = self._largest(last.weight if found is None else found)
+        if self.setting.refit:
+            chosen = self._behind(self._with_intercept(mask), chosen)
+        return self._thinned(chosen, None, "")
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """Leave the intercept out."""
@@ -302,41 +331,25 @@ class _Work:
             best = weight
         return best
 
-    def _thinned(
-        self,
-        weight: Tensor,
-        mask: Tensor,
-        solved: Solved,
-        radius: float | None,
-        growth: float | None,
-    ) -> Thinned:
-        weight = weight.double()
-        if self.setting.refit:
-            weight = self._behind(self._with_intercept(mask), weight)
+    def _thinned(self, weight: Tensor, proof: Certificate | None, note: str) -> Thinned:
+        """Bring a weight back into the layer's own unit."""
         scale = self.told.scale[:, None, :]
         usable = scale != 0
         plain = torch.where(usable, weight / torch.where(usable, scale, 1.0), 0.0)
-        proof = None
-        if radius is not None:
-            spent, root = sqrt(self.cost(weight)), sqrt(self.rows)
-            proof = Certificate(radius / root, spent / root, _worst(solved.gap), growth)
         return Thinned(
             self._matrix(plain).mT.contiguous(),
             plain[:, -1] * self.one if self.told.shifts else None,
             proof,
-            "; ".join(self._said(proof)),
+            "; ".join(self._said(note)),
         )
 
-    def _said(self, proof: Certificate | None) -> Iterator[str]:
+    def _said(self, note: str) -> Iterator[str]:
         """Tell what a reader should know."""
-        columns = self.told.x.shape[2]
+        columns = self.case.weight.shape[2]
         if self.rows < columns:
             yield f"only {self.rows} rows for {columns} inputs: what is zero may fit their noise"
-        if proof is not None and proof.spent > proof.radius * (1 + _ROOM):
-            yield (
-                f"the solver stopped outside of its radius: {proof.spent:.3g} of "
-                f"{proof.radius:.3g}; raise rounds"
-            )
+        if note:
+            yield note
 
 
 def _worst(gap: Tensor) -> float | None:

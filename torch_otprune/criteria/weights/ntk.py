@@ -22,7 +22,8 @@ class NTK(Masking):
     weights of all layers, at initialisation, over many rounds.
 
     Source: Wang, Li & Sun 2023, "NTK-SAP: improving neural network pruning by aligning training
-    dynamics", equation 7, in one round at the given weights and on the given data.
+    dynamics", equation 7, in one round at the given weights and on the given data, over some
+    thirty nudges: one alone says little of single weights.
     """
 
     by_row: ClassVar[bool] = False

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from torch_otprune.criteria.weights.base import Samples
+
 __all__ = ["Program", "Solved", "behind", "solve"]
 
 _SCALE = 0.3  # of the root of the largest entry of X'X: brings problems to one size
@@ -126,13 +128,13 @@ class State:
 
 
 def behind(
-    program: Program, weight: Float[Tensor, "groups columns out"]
+    program: Program | Samples, weight: Float[Tensor, "groups columns out"]
 ) -> tuple[Float[Tensor, "groups rows out"], Float[Tensor, "groups rows out"]]:
     """Say what a weight does behind the rectifier.
 
     Args:
-        program: the problem.
-        weight: columns x outputs.
+        program: the problem, or the rows that it is about.
+        weight: columns x outputs, in the unit of the rows.
 
     Returns:
         errors of active answers and excess of inactive ones, each zero where the other counts.
