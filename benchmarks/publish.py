@@ -34,6 +34,7 @@ PICTURED = (
     "methods_cifar10",
     "mpc",
     "weights_mlp_cifar",
+    "space_folds",
 )
 OURS = {
     "default": "transport/all/budget/least_squares",

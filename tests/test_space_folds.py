@@ -369,8 +369,8 @@ def test_the_residual_is_that_of_the_best_line() -> None:
     assert affine_residual(evidence(None, z)) == pytest.approx(expected)
 
 
-def test_the_raw_score_ranks_backwards_and_is_not_the_default() -> None:
-    """Along a plain network the default falls with depth, like the harm; the raw score rises."""
+def test_a_first_layer_has_the_lowest_raw_score_and_the_highest_default() -> None:
+    """Along a plain network the default falls with depth; the raw score rises."""
     found = otp.folds(mlp(depth=5, width=16), [draw(60, 6)])
     assert found.ranking()[-1] == found.layers[0].name
     raw = sorted(found.layers, key=lambda x: x.score)

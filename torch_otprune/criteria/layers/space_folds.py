@@ -24,9 +24,8 @@ class SpaceFolds(SiteCriterion):
     of all in front of it.
 
     The fold score of a rectifier alone is offered as `by="fold"` for comparison and is no ranking:
-    later layers inherit the folds of earlier ones, so it grows with depth while the harm of
-    linearising falls, and a first layer has the score 0 whatever it does.
-    `benchmarks/space_folds.py` measures all of these.
+    later layers inherit the folds of earlier ones, and a first layer has the score 0 whatever it
+    does. `benchmarks/space_folds.py` measures all of these: the residual does the work.
 
     Limits: rectifiers only: a smooth activation has no kink to count. It costs `steps` + 1 forward
     passes per path beyond the others. Straight paths leave the data. What is read of a unit beyond
@@ -41,7 +40,7 @@ class SpaceFolds(SiteCriterion):
     by: Literal["residual", "switch", "increment", "fold"] = Field(
         default="residual",
         description="affine residual or switch rate, each plus `share` of the increment; the "
-        "increment alone; or the raw fold score, which ranks layers backwards",
+        "increment alone; or the raw fold score, which hardly follows the harm",
     )
     share: float = Field(
         default=1.0, ge=0, description="weight of the increment; a falling one is 0"
