@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,20 @@ def test_every_tool_meets_the_same_nets_and_known_rows_stay(tmp_path: Path) -> N
     assert "Torch-Pruning" in plot_coverage.summary(json.loads(before))
 
 
-def test_what_takes_too_long_hangs() -> None:
-    row = coverage.measure("conv1d_causal", PEER, 0.001)
-    assert row == {"status": "hangs", "said": "stopped after 0.001 s of processor time"}
+def test_what_takes_too_long_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def turn(case: Any) -> dict[str, Any]:
+        while True:
+            pass
+
+    monkeypatch.setitem(TOOLS, PEER, turn)
+    row = coverage.measure("conv1d_causal", PEER, 0.5)
+    assert row == {"status": "hangs", "said": "stopped after 0.5 s of processor time"}
+
+
+def test_a_process_that_dies_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TOOLS, PEER, lambda case: os._exit(3))
+    row = coverage.measure("conv1d_causal", PEER, 5.0)
+    assert row == {"status": "crashes", "said": "the process died"}
 
 
 @pytest.mark.parametrize("tool", TOOLS)
