@@ -253,4 +253,4 @@ def test_a_stream_that_is_returned_by_name_is_told_by_it() -> None:
     found = {f.parameter: f for f in otp.doctor(Talkative(), torch.randn(2, 4)).findings}
     assert found["enter.weight"].reason == "they are its 'stream'; they reach the model's output"
     assert found["enter.weight"].fix.startswith("where that is not needed, wrap the model")
-    assert found["leave.weight"].fix == "nothing: these channels are the model's answer."
+    assert found["leave.bias"].fix == "nothing: these channels are the model's answer."

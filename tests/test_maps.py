@@ -331,7 +331,7 @@ def test_too_few_samples_for_the_dimension_warn_with_the_null() -> None:
     [
         (True, "20 and 21 rows are not paired."),
         (torch.zeros(3), "pairs of shape (3,) match no rows."),
-        (torch.tensor([[0, 21]]), "a pair names a row that is not there."),
+        (torch.tensor([[0, 0], [1, 1], [2, 2], [0, 21]]), "a pair names a row that is not there."),
     ],
 )
 def test_pairs_that_match_no_rows_are_refused(pairs: Tensor | bool, problem: str) -> None:

@@ -89,7 +89,7 @@ def test_a_dense_layer_on_tokens_is_no_obstacle() -> None:
     [
         ("plain", "10", "they reach the model's output"),
         ("option_a", "conv2", "they meet numbers that stay (op add"),
-        ("attention", "q", "no layer consumes them"),
+        ("attention", "q", "they only meet in a product of two activations"),
         ("tied", "head", "'embed.weight' and 'head.weight' are one tensor"),
     ],
 )

@@ -23,6 +23,8 @@ WIDE = torch.randn(260, 515, generator=G)
 COST, KEEP = transport.sqdist(X, Y), torch.tensor([0, 3])
 NULL, COV = COST.amax(1), torch.eye(10).expand(2, 10, 10)
 LINE = transport.sqdist(torch.arange(10.0)[:, None])
+LINKS = torch.tensor([[(i + 1) % len(X)] for i in range(len(X))])
+PRICES, NOTHING = torch.rand(len(X), 1, generator=G), X.square().sum(1)
 estimate = transport.estimate
 
 CASES: dict[str, Callable[[], object]] = {
@@ -42,18 +44,23 @@ CASES: dict[str, Callable[[], object]] = {
     "coupling_points paired": lambda: _plan(X, X + 0.001),
     "coupling_points unequal": lambda: _plan(X, FEW),
     "couplings": lambda: [found.plan() for found in transport.couplings(COST[None], eps=0.1)],
+    "critic": lambda: transport.critic(X, Y, steps=3).distance,
     "divergence": lambda: transport.divergence(X, Y),
     "divergence geomloss": lambda: transport.divergence(X, Y, solver="geomloss"),
     "divergence of layers": lambda: transport.divergence(X[None], Y[None]),
     "estimate": lambda: estimate(transport.sliced, X, Y, splits=2, resamples=2),
     "facility_location": lambda: transport.facility_location(COST, sizes=[2], swaps=2, duals=3),
+    "facility_location_sparse": lambda: transport.facility_location_sparse(LINKS, PRICES, NOTHING),
     "flowtree": lambda: transport.flowtree(X, Y, A, B),
     "gaussian_points": lambda: transport.gaussian_points(X, Y)(X),
     "gaussian_points wide": lambda: _main_directions(WIDE, 2 * WIDE),
     "improve": lambda: transport.improve(COST, NULL, KEEP, rounds=2),
     "lower_bound": lambda: transport.lower_bound(COST, NULL, KEEP, rounds=5),
     "max_sliced": lambda: transport.max_sliced(X, Y),
+    "nearest": lambda: transport.nearest(X, 3),
+    "nearest trees": lambda: transport.nearest(MANY, 3, method="trees"),
     "pairwise_1d": lambda: transport.pairwise_1d(X),
+    "pivoted_cholesky": lambda: transport.pivoted_cholesky(lambda i: X @ X[i], X.square().sum(1)),
     "potentials": lambda: transport.coupling(COST).potentials,
     "principal": lambda: transport.principal(X, Y, 3),
     "quantiles": lambda: transport.quantiles(X, 5),

@@ -474,7 +474,7 @@ def linear_of_another_linear() -> nn.Module:
     )  # fmt: skip
 
 
-@ENTRIES(6, refused="no layer consumes them")
+@ENTRIES(6, refused="transposed, is tied to read them")
 def tied_autoencoder() -> nn.Module:
     return Net(
         lambda m, x: F.linear(F.relu(m.a(x)), m.a.weight.t()), a=nn.Linear(6, 11, bias=False)
@@ -500,7 +500,7 @@ def bilinear() -> nn.Module:
     )
 
 
-@ENTRIES(5, 6, refused="no layer consumes them")
+@ENTRIES(5, 6, refused="they only meet in a product")
 def inner_products() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.a(x) @ m.b(x).transpose(1, 2)

@@ -225,8 +225,10 @@ def _seen(patient: Patient, pair: tuple[str, str]) -> _Seen:
     inputs, reads = (torch.cat(tap.read) for tap in (small, home))
     answers = torch.cat(away.written)
     ends = [s for cut in patient.every for s in cut.slices]
+    left = set(range(reads.shape[1]))  # each cut names what it leaves of all
     for end in (s for s in ends if s.side == "in" and s.path == pair[0]):
-        reads = reads[:, torch.tensor(end.keep, device=reads.device)]
+        left &= set(end.keep)
+    reads = reads[:, torch.tensor(sorted(left), device=reads.device)]
     kept = patient.kept(pair[1])
     answers = answers if kept is None else answers[:, kept.to(answers.device)]
     own = [_labels(batch) for batch in patient.batches]

@@ -64,7 +64,7 @@ class Recurrent(Repair):
         paths = [p for p in patient.graph.order if p in hit and _fit(patient, p)]
         if not (paths and patient.batches):
             text = "no dense layer that lost inputs runs more than once per forward pass"
-            idle = bool(hit) and not paths
+            idle = not paths
             return (Note(self.kind, "model", None, None, accepted=False, text=text),) * idle
         notes = {note.site: note for note in self._together_(patient, paths)}
         for sweep in range(self.sweeps):

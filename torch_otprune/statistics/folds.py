@@ -96,7 +96,7 @@ class Folding:
 
     def folds(self) -> dict[str, SiteFold]:
         """Average over the paths, as criteria take it."""
-        count = torch.tensor(self.bits, dtype=torch.float64).clamp_min(1)
+        count = torch.tensor(self.bits, dtype=torch.float64, device="cpu").clamp_min(1)
         columns = (
             self.length.mean(1) / count,
             self.score.mean(1),
@@ -243,7 +243,9 @@ class _Taker:
     codes: Tensor | None = None
     picked: Tensor | None = None  # which units
     units: int = 0
-    weights: Tensor = field(default_factory=lambda: torch.ones(0))  # per bit, adding up to 1
+    weights: Tensor = field(
+        default_factory=lambda: torch.ones(0, device="cpu")
+    )  # per bit, adding up to 1
 
     def begin(self, points: int, paths: int) -> None:
         """Expect a batch."""
@@ -273,10 +275,12 @@ class _Taker:
         """Draw the units that are watched, and spread the channels' weights over them."""
         self.units = flat.shape[1]
         kinks = len(KINKS[self.site.function])
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(self.units, generator=generator)[: max(1, self.limit // kinks)]
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        order = torch.randperm(self.units, generator=generator, device="cpu")[
+            : max(1, self.limit // kinks)
+        ]
         self.picked = order.sort().values
-        weight = torch.ones(self.site.channels, dtype=torch.float64)
+        weight = torch.ones(self.site.channels, dtype=torch.float64, device="cpu")
         if self.weight is not None and bool(self.weight.sum() > 0):
             weight = self.weight.double().cpu()
         spread = weight[self.picked % self.site.channels].repeat(kinks)

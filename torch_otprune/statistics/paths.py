@@ -195,15 +195,15 @@ def _drawn(
             fix="pass samples of more classes, or pairs='any'.",
         )
     a, b = zip(*found, strict=True)
-    return torch.tensor(a), torch.tensor(b)
+    return torch.tensor(a, device="cpu"), torch.tensor(b, device="cpu")
 
 
 def _distinct(
     size: int, *, pairs: Pairs, classes: Tensor | None, seed: int, count: int
 ) -> Iterator[tuple[int, int]]:
-    generator, met = torch.Generator().manual_seed(seed), set[tuple[int, int]]()
+    generator, met = torch.Generator("cpu").manual_seed(seed), set[tuple[int, int]]()
     for _ in range(_DRAWS):
-        order = torch.randperm(size, generator=generator).tolist()
+        order = torch.randperm(size, generator=generator, device="cpu").tolist()
         for a, b in zip(order, [*order[1:], order[0]], strict=True):
             same = classes is None or bool(classes[a] == classes[b])
             fits = classes is None or same == (pairs == "intra")

@@ -98,7 +98,13 @@ def tangents(model: nn.Module, batches: Sequence[Any], *, draws: int, seed: int)
 def _own(sample: Any, seed: int) -> int:
     """Number a sample by its content: the same in any batch and on any rank."""
     for t in flat_tensors(sample):
-        held = t.detach().cpu().contiguous().flatten().view(torch.uint8)
+        held = (
+            t.detach()
+            .cpu()
+            .clone(memory_format=torch.contiguous_format)
+            .flatten()
+            .view(torch.uint8)
+        )
         seed = crc32(held.numpy().tobytes(), seed)
     return seed
 

@@ -52,7 +52,7 @@ def _own(model: nn.Module) -> int:
     """Sum up what even a copy with no cut does not share."""
     shared = {id(parameter) for parameter in lendable(model)}
     tensors = (*model.parameters(), *model.buffers())
-    return sum(t.nbytes for t in tensors if id(t) not in shared)
+    return sum(t.numel() * t.element_size() for t in tensors if id(t) not in shared)
 
 
 def _cut(model: nn.Module, cuts: Sequence[Cut]) -> int:
@@ -60,9 +60,9 @@ def _cut(model: nn.Module, cuts: Sequence[Cut]) -> int:
     whole: dict[_Place, int] = {}
     for place, share in _shares(model, cuts):
         tensor: Tensor = getattr(*place)
-        whole[place] = tensor.nbytes
+        whole[place] = tensor.numel() * tensor.element_size()
         sizes = left.setdefault(place, [])
-        sizes.append((sizes[-1] if sizes else tensor.nbytes) * share)
+        sizes.append((sizes[-1] if sizes else tensor.numel() * tensor.element_size()) * share)
     between = sum(sum(sizes[:-1]) for sizes in left.values())
     shorter = sum(sizes[-1] for sizes in left.values())
     return round(shorter + max(between, sum(whole.values())))

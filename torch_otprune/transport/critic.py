@@ -169,7 +169,7 @@ def critic(
     for value, name in ((depth, "depth"), (steps, "steps"), (batch, "batch")):
         at_least_one(value, name)
     _sound(x, y, width=width, rate=rate, sample=sample)
-    y, generator = y.to(x), torch.Generator().manual_seed(seed)
+    y, generator = y.to(x), torch.Generator("cpu").manual_seed(seed)
     (seen_x, fresh_x), (seen_y, fresh_y) = (_parted(c, generator) for c in (x, y))
     with torch.no_grad():
         some_x, some_y = (c[_order(c, generator)[:sample]] for c in (x, y))
@@ -233,7 +233,7 @@ class _Learner:
             self.weights[0][0] = shift / shift.norm() * self.weights[0][0].norm()
 
     def _draw(self, out: int, into: int) -> Tensor:
-        return torch.randn(out, into, generator=self.generator).to(self.like.device)
+        return torch.randn(out, into, generator=self.generator, device="cpu").to(self.like.device)
 
     def train(self, x: Tensor, y: Tensor, *, steps: int, batch: int, rate: float) -> Potential:
         """Climb, and keep the best potential that was looked at on all rows it learns from."""
@@ -261,7 +261,7 @@ class _Learner:
     def _some(self, points: Tensor, batch: int) -> Tensor:
         if len(points) <= batch:
             return points
-        drawn = torch.randint(len(points), (batch,), generator=self.generator)
+        drawn = torch.randint(len(points), (batch,), generator=self.generator, device="cpu")
         return points[drawn.to(points.device)]
 
     def _inner(self, points: Tensor) -> Tensor:
@@ -301,7 +301,7 @@ def _orthonormal(weight: Float[Tensor, "out in"], iterations: int) -> Float[Tens
 
 
 def _order(points: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randperm(len(points), generator=generator).to(points.device)
+    return torch.randperm(len(points), generator=generator, device="cpu").to(points.device)
 
 
 def _parted(points: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

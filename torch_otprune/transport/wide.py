@@ -109,7 +109,7 @@ def _every(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
     step = max(1, 2**24 // len(points))
     for part in torch.arange(len(points), device=points.device).split(step):
         squared = power[part, None] + power - 2 * (points[part] @ points.T)
-        squared[torch.arange(len(part)), part] = torch.inf
+        squared[torch.arange(len(part), device=part.device), part] = torch.inf
         best = squared.topk(min(count + 8, len(points) - 1), dim=1, largest=False).indices
         near, squared = _priced(points, part, best)
         places.append(near[:, :count])
