@@ -38,7 +38,7 @@ class Elastic(Declaration):
 
     Example:
         >>> Elastic(reg="l1", weight=1.0).prox(torch.tensor([0.5, -3.0]))
-        tensor([0., -2.])
+        tensor([ 0., -2.])
     """
 
     reg: Literal["l0", "l1", "stvs", "koverlap"] = "l1"

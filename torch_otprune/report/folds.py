@@ -182,6 +182,8 @@ def folds(
     weights, the increments and the switch rate of a layer are ours.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> folds(net, [torch.randn(20, 4)]).layers[0].score  # one layer never folds
