@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import torch
 from jaxtyping import Float
@@ -26,7 +27,16 @@ from torch_otprune.structure.layers import Conv, axis_of, leaf_of
 from torch_otprune.structure.mute import exchanged
 from torch_otprune.structure.wiring import first_of
 
-__all__ = ["Sensitivity", "chunks", "gradients", "sense", "signs", "slopes_of"]
+__all__ = [
+    "Sensitivity",
+    "chunks",
+    "generators_of",
+    "gradients",
+    "own_signs",
+    "sense",
+    "signs",
+    "slopes_of",
+]
 
 _CHUNK = 16  # samples whose activations are alive at once
 
@@ -188,9 +198,9 @@ def _probe(
     points = [point for _, _, x, z in calls for point in (x, z)]
     if not points or not outputs:  # nothing to cut, or nothing differentiable comes out
         return
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generators = generators_of(piece, seed)
     for draw in range(draws):
-        drawn = [signs(t, generator) for t in outputs]
+        drawn = [own_signs(t, generators) for t in outputs]
         slopes = slopes_of(outputs, points, drawn, more=draw + 1 < draws)
         for (path, axis, x, z), dx, dz in zip(calls, slopes[::2], slopes[1::2], strict=True):
             if dx is not None and dz is not None:
@@ -215,9 +225,9 @@ def _probe_loose(
     """
     leaves = [leaf_of(model, path) for path in paths]
     outputs = [t for t in flat_tensors(run(model, piece)) if t.requires_grad]
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generators = generators_of(piece, seed)
     for draw in range(draws if outputs else 0):
-        drawn = [signs(t, generator) for t in outputs]
+        drawn = [own_signs(t, generators) for t in outputs]
         slopes = slopes_of(outputs, leaves, drawn, more=draw + 1 < draws)
         for path, leaf, slope in zip(paths, leaves, slopes, strict=True):
             if slope is not None:
@@ -260,6 +270,43 @@ def slopes_of(
             else "call checkpoint with use_reentrant=False, or switch checkpointing off meanwhile.",
         ) from error
     return found
+
+
+def generators_of(piece: Any, seed: int) -> list[torch.Generator]:
+    """Give every sample a generator of its own, by what it holds: no batch and no rank changes it.
+
+    Args:
+        piece: of a batch.
+        seed: of all draws.
+
+    Returns:
+        one generator per sample.
+    """
+    return [torch.Generator("cpu").manual_seed(_own(one, seed)) for one in chunks(piece, 1)]
+
+
+def own_signs(output: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw one sign per output element and sample: what draws get wrong cancels between samples.
+
+    Args:
+        output: samples first.
+        generators: one per sample; advanced.
+
+    Returns:
+        signs of the output's shape and type.
+    """
+    if not output.dim() or len(output) != len(generators):  # samples are somewhere else, or mixed
+        return signs(output, generators[0])
+    drawn = [torch.randint(0, 2, output.shape[1:], generator=g, device="cpu") for g in generators]
+    return (torch.stack(drawn) * 2 - 1).to(output)
+
+
+def _own(sample: Any, seed: int) -> int:
+    """Number a sample by its content: the same in any batch and on any rank."""
+    for t in flat_tensors(sample):
+        held = t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        seed = crc32(held.flatten().view(torch.uint8).numpy().tobytes(), seed)
+    return seed
 
 
 def signs(output: Tensor, generator: torch.Generator) -> Tensor:

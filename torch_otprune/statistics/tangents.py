@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from zlib import crc32
 
 import torch
 from jaxtyping import Float
@@ -13,7 +12,13 @@ from torch import Tensor, nn
 
 from torch_otprune.statistics.filters import module_at
 from torch_otprune.statistics.reduce import all_sum_
-from torch_otprune.statistics.sensitivity import chunks, gradients, signs, slopes_of
+from torch_otprune.statistics.sensitivity import (
+    chunks,
+    generators_of,
+    gradients,
+    own_signs,
+    slopes_of,
+)
 from torch_otprune.structure.forward import evaluating, flat_tensors, outside_inference, run
 from torch_otprune.structure.graph import Group, Member
 from torch_otprune.structure.layers import Conv, axes, axis_of, leaf_of
@@ -83,9 +88,9 @@ def tangents(model: nn.Module, batches: Sequence[Any], *, draws: int, seed: int)
     with outside_inference(), evaluating(model), gradients(model):
         for piece in (piece for batch in batches for piece in chunks(batch, 1)):
             outputs = [t for t in flat_tensors(run(model, piece)) if t.requires_grad]
-            generator = torch.Generator("cpu").manual_seed(_own(piece, seed))
+            generators = generators_of(piece, seed)
             for draw in range(draws if outputs else 0):
-                drawn = [signs(t, generator) for t in outputs]
+                drawn = [own_signs(t, generators) for t in outputs]
                 found = slopes_of(outputs, [*named.values()], drawn, more=draw + 1 < draws)
                 for name, slope in zip(named, found, strict=True):
                     if slope is not None:
@@ -93,20 +98,6 @@ def tangents(model: nn.Module, batches: Sequence[Any], *, draws: int, seed: int)
     all_sum_(squares.values())
     sizes = {n: float(p.detach().double().square().mean()) for n, p in named.items() if p.numel()}
     return Tangents(squares, {n: sizes.get(n, 0.0) for n in named})
-
-
-def _own(sample: Any, seed: int) -> int:
-    """Number a sample by its content: the same in any batch and on any rank."""
-    for t in flat_tensors(sample):
-        held = (
-            t.detach()
-            .cpu()
-            .clone(memory_format=torch.contiguous_format)
-            .flatten()
-            .view(torch.uint8)
-        )
-        seed = crc32(held.numpy().tobytes(), seed)
-    return seed
 
 
 def tangents_quote(model: nn.Module) -> int:
