@@ -43,7 +43,8 @@ OUT = Path(__file__).resolve().parent / "results" / "dtp_cifar10.json"
 METHODS = ("dense", "dtp", "one_shot/transport", "one_shot/magnitude", "rounds/transport")
 SEARCH = 0.6  # share of the steps in which masks are soft
 ROUNDS = 4
-RATE = 0.03
+NET = "resnet20-jpeg"
+TEST = 2500
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Schedule:
         name: in the results.
         steps: of the optimiser.
         batch: images per step.
+        rate: the learning rate at its highest.
         budgets: percent of MACs kept.
         seeds: how many.
     """
@@ -61,14 +63,15 @@ class Schedule:
     name: str
     steps: int
     batch: int
+    rate: float
     budgets: tuple[int, ...]
     seeds: int
 
 
 SCHEDULES = {
-    "short": Schedule("short", 120, 64, (50, 30), 2),
-    "full": Schedule("full", 3000, 128, (70, 50, 30), 3),
-    "quick": Schedule("quick", 10, 16, (50,), 1),
+    "short": Schedule("short", 300, 64, 0.01, (50, 30), 2),
+    "full": Schedule("full", 3000, 128, 0.03, (70, 50, 30), 3),
+    "quick": Schedule("quick", 10, 16, 0.01, (50,), 1),
 }
 
 
@@ -103,9 +106,10 @@ class Bench:
 
 
 def load_bench(data: Path, device: str) -> Bench:
-    """Load ResNet-20 with its images."""
-    train, test = (cifar.load_split(data, "original", part) for part in ("train", "test"))
-    return Bench("resnet20", cifar.load_net("resnet20", data), train, test, device)
+    """Load ResNet-20 with its training images and every fourth test image."""
+    train, test = (cifar.load_split(data, cifar.NETS[NET].images, p) for p in ("train", "test"))
+    judges = test.pick(torch.arange(0, len(test), len(test) // TEST))
+    return Bench(NET, cifar.load_net(NET, data), train, judges, device)
 
 
 def quick_bench(device: str = "cpu") -> Bench:
@@ -120,12 +124,13 @@ def quick_bench(device: str = "cpu") -> Bench:
 
 
 Step = Callable[[torch.optim.Optimizer], object]
+_Took = tuple[float, float]
 
 
 def train_(
     model: nn.Module, bench: Bench, schedule: Schedule, seed: int, *, step: Step
 ) -> tuple[float, float]:
-    """Train with labels: SGD with momentum, one cycle up to 0.03, crop and flip.
+    """Train with labels: SGD with momentum, one cycle, crop and flip.
 
     Args:
         model: trained in place, left in evaluation mode.
@@ -138,8 +143,10 @@ def train_(
         seconds in all, and those of `step`.
     """
     generator, size = torch.Generator().manual_seed(seed), schedule.batch
-    sgd = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=1e-4)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, max_lr=RATE, total_steps=schedule.steps + 1)
+    sgd = torch.optim.SGD(model.parameters(), lr=schedule.rate, momentum=0.9, weight_decay=1e-4)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        sgd, max_lr=schedule.rate, total_steps=schedule.steps + 1
+    )
     model.train()
     order, inside, start = torch.empty(0, dtype=torch.int64), 0.0, time.perf_counter()
     for _ in range(schedule.steps):
@@ -160,7 +167,7 @@ def train_(
     return time.perf_counter() - start, inside
 
 
-def run_dtp(bench: Bench, schedule: Schedule, budget: int, seed: int) -> tuple[nn.Module, Any]:
+def run_dtp(bench: Bench, schedule: Schedule, budget: int, seed: int) -> tuple[nn.Module, _Took]:
     """Mask while training, then cut."""
     import torch_otprune as otp
 
@@ -176,19 +183,20 @@ def run_dtp(bench: Bench, schedule: Schedule, budget: int, seed: int) -> tuple[n
 
 def run_one_shot(
     criterion: str, bench: Bench, schedule: Schedule, budget: int, seed: int
-) -> tuple[nn.Module, Any]:
-    """Cut with the default repair, then fine-tune."""
+) -> tuple[nn.Module, _Took, float]:
+    """Cut with the default repair, then fine-tune; tell the accuracy between the two as well."""
     import torch_otprune as otp
 
     model, rule = bench.fresh(), otp.Channels(criterion=criterion)
     policy = otp.Policy(rules=rule, budget=otp.Budget(macs=f"{budget}%"), seed=seed)
     otp.prune_(model, policy, bench.calibration(seed), timing=0)
-    return model, train_(model, bench, schedule, seed, step=lambda _: None)
+    untrained = cifar.accuracy(copy.deepcopy(model).cpu(), bench.test)
+    return model, train_(model, bench, schedule, seed, step=lambda _: None), untrained
 
 
 def run_rounds(
     criterion: str, bench: Bench, schedule: Schedule, budget: int, seed: int
-) -> tuple[nn.Module, Any]:
+) -> tuple[nn.Module, _Took]:
     """Cut in rounds while training, the last one where the masks of `dtp` become hard."""
     import torch_otprune as otp
 
@@ -222,18 +230,20 @@ def measure(
         plain JSON values.
     """
     kind, _, criterion = method.partition("/")
+    untrained: float | None = None
     if method == "dense":
         model, took = bench.fresh().eval(), (0.0, 0.0)
     elif kind == "dtp":
         model, took = run_dtp(bench, schedule, budget, seed)
     elif kind == "one_shot":
-        model, took = run_one_shot(criterion, bench, schedule, budget, seed)
+        model, took, untrained = run_one_shot(criterion, bench, schedule, budget, seed)
     else:
         model, took = run_rounds(criterion, bench, schedule, budget, seed)
     model = model.cpu()
     example = bench.example[:1].cpu()
     return {
         "accuracy": round(cifar.accuracy(model, bench.test), 3),
+        "accuracy_untrained": untrained if untrained is None else round(untrained, 3),
         "test_images": len(bench.test),
         "train_images": len(bench.train),
         "macs_kept": round(count_macs(model, example) / bench.macs, 4),
@@ -255,6 +265,7 @@ def places(bench: Bench, schedule: Schedule, only: str) -> Iterator[dict[str, An
                     "schedule": schedule.name,
                     "steps": schedule.steps,
                     "batch": schedule.batch,
+                    "rate": schedule.rate,
                     "method": method,
                     "budget": 100 if method == "dense" else budget,
                     "seed": seed,
@@ -274,8 +285,8 @@ def run(bench: Bench, schedule: Schedule, out: Path, *, only: str, force: bool) 
     """Measure what is not there yet, and write after each row."""
     payload = {"environments": {}, "rows": [], "solver": []} | read_json(out)
     payload |= {"question": (__doc__ or "").split("\n\n    ")[0], "search": SEARCH}
-    key = ("net", "schedule", "steps", "batch", "method", "budget", "seed", "device")
-    rows = {tuple(row[name] for name in key): row for row in payload["rows"]}
+    key = ("net", "schedule", "steps", "batch", "rate", "method", "budget", "seed", "device")
+    rows = {tuple(row.get(name) for name in key): row for row in payload["rows"]}
     for place in places(bench, schedule, only):
         where = tuple(place[name] for name in key)
         if "accuracy" in rows.get(where, {}) and not force:

@@ -40,6 +40,12 @@ def _said(rows: Sequence[Mapping[str, Any]], name: str, digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def _untrained(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write what a cut at the start left before any training."""
+    told = [row for row in rows if row.get("accuracy_untrained") is not None]
+    return _said(told, "accuracy_untrained", 1) if told else "–"
+
+
 def table(payload: Mapping[str, Any]) -> str:
     """Write accuracies in markdown.
 
@@ -60,11 +66,11 @@ def table(payload: Mapping[str, Any]) -> str:
             rows = found[cell]
             lines.append([
                 schedule, net, rows[0]["steps"], f"{budget} %", method,
-                _said(rows, "accuracy", 1), _said(rows, "macs_kept", 3), len(rows),
+                _untrained(rows), _said(rows, "accuracy", 1), _said(rows, "macs_kept", 3), len(rows),
                 _said(rows, "seconds", 0), rows[0]["device"],
             ])  # fmt: skip
-    head = ["schedule", "network", "steps", "MACs asked", "method", "accuracy", "MACs kept"]
-    return markdown([*head, "seeds", "s", "device"], lines)
+    head = ["schedule", "network", "steps", "MACs asked", "method", "before training"]
+    return markdown([*head, "accuracy", "MACs kept", "seeds", "s", "device"], lines)
 
 
 def solver_table(payload: Mapping[str, Any]) -> str:
