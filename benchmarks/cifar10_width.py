@@ -239,6 +239,7 @@ def uniform_widths(model: nn.Module, example: Tensor, *, target: int) -> dict[st
 def our_policy(case: Case) -> Any:
     """Say a case in the library's own words."""
     import torch_otprune as otp
+    from torch_otprune.policy import Amount
 
     spec, bench = case.spec, case.bench
     how: dict[str, Any] = {"criterion": spec.criterion, "repair": tuple(spec.repair.split("+"))}
@@ -246,7 +247,7 @@ def our_policy(case: Case) -> Any:
     if spec.widths == "uniform":
         limit = int((case.budget / 100 + SLACK) * bench.macs)
         widths = uniform_widths(bench.model, bench.example, target=limit)
-        rules = [otp.Channels(targets=(p,), keep=k, **how) for p, k in widths.items()]
+        rules = [otp.Channels(targets=(p,), keep=Amount(k), **how) for p, k in widths.items()]
     else:
         inner = tuple(peers.inner_paths(bench.model))
         rules = [otp.Channels(targets=inner if spec.groups == "inner" else ("auto",), **how)]

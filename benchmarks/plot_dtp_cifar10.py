@@ -66,8 +66,8 @@ def table(payload: Mapping[str, Any]) -> str:
             rows = found[cell]
             lines.append([
                 schedule, net, rows[0]["steps"], f"{budget} %", method,
-                _untrained(rows), _said(rows, "accuracy", 1), _said(rows, "macs_kept", 3), len(rows),
-                _said(rows, "seconds", 0), rows[0]["device"],
+                _untrained(rows), _said(rows, "accuracy", 1), _said(rows, "macs_kept", 3),
+                len(rows), _said(rows, "seconds", 0), rows[0]["device"],
             ])  # fmt: skip
     head = ["schedule", "network", "steps", "MACs asked", "method", "before training"]
     return markdown([*head, "accuracy", "MACs kept", "seeds", "s", "device"], lines)
