@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -92,6 +93,7 @@ class Lab:
     images: int = TEST
     seen: dict[int, tuple[frozenset[str], Any, Any, float]] = field(default_factory=dict)
     plans: dict[tuple[object, ...], Any] = field(default_factory=dict)
+    dense: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def batches(self, seed: int) -> Sequence[Tensor]:
         """Draw what a method may see."""
@@ -239,12 +241,18 @@ class Lab:
         return {split: self.judge(small, split, seed) | common for split in self.splits}
 
     def judge(self, model: nn.Module, split: str, seed: int) -> dict[str, Any]:
-        """Read error and loss on the images of a split."""
+        """Read error, loss, and how far the logits moved, on the images of a split."""
         images = self.judges(split, seed)
-        accuracy, loss = cifar.judged(model, images)
+        if (split, seed) not in self.dense:
+            self.dense[split, seed] = logits(self.bench.model, images)
+        dense, said = self.dense[split, seed], logits(model, images)
+        right = (said.argmax(1) == images.labels).double().mean()
         return {
-            "error": round(100 - accuracy, 3), "loss": round(loss, 5), "images": len(images)
-        }  # fmt: skip
+            "error": round(100 - 100 * float(right), 3),
+            "loss": round(float(F.cross_entropy(said, images.labels)), 5),
+            "moved": round(float((said - dense).norm() / dense.norm()), 5),
+            "images": len(images),
+        }
 
     def attempt(self, case: Case | None, seed: int) -> dict[str, dict[str, Any]]:
         """Measure, or say in the rows why not: one bad setting must not stop a long run."""
@@ -253,6 +261,17 @@ class Lab:
         except Exception as error:
             failed = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
             return dict.fromkeys(self.splits, failed)
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, images: cifar.Split) -> Tensor:
+    """Run a classifier on all images.
+
+    Returns:
+        images x classes, in float64.
+    """
+    model.eval()
+    return torch.cat([model(part).double() for part in cifar.batches(images.inputs(), 256)])
 
 
 def cases(
