@@ -49,6 +49,10 @@ def deep():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 6), *(Block() for _ in range(4)), nn.Linear(6, 4))
 
+def held():
+    torch.manual_seed(2)
+    return [torch.randn(9, 3, 8, 8)]
+
 def rows():
     torch.manual_seed(1)
     return [torch.randn(32, 3) for _ in range(2)]
@@ -109,6 +113,33 @@ def test_json_is_all_there_is_on_standard_output(otprune: Otprune) -> None:
     done = otprune("plan", "nets:loud", "-d", "nets:data", "-p", "policy.yaml", "--json")
     assert otp.Plan.from_json(done.stdout).cuts
     assert "LOUD" in done.stderr
+
+
+COMPARE = ("compare", "nets:net", "policy.yaml", "plain.yaml", "-d", "nets:data")
+
+
+def test_policies_are_compared_as_by_the_library(otprune: Otprune) -> None:
+    Path("plain.yaml").write_text(POLICY.replace("channels", "{kind: channels, repair: none}"))
+    done = otprune(*COMPARE, "--held", "nets:held", "--json")
+    assert done.exit_code == 0, done.output
+    import nets
+
+    policies = {n: otp.Policy.from_yaml(Path(f"{n}.yaml")) for n in ("policy", "plain")}
+    own = otp.compare(nets.net(), policies, nets.data(), held=nets.held())
+    read = otp.Comparison.model_validate_json(done.stdout)
+    assert [s.output_error for s in read.standings] == [s.output_error for s in own.standings]
+    assert read.samples == 9
+    told = otprune(*COMPARE, "--held", "nets:held")
+    assert "policy" in told.stdout and "9 samples judge" in told.stdout
+
+
+def test_two_policies_of_one_name_are_refused(otprune: Otprune) -> None:
+    Path("a").mkdir()
+    Path("a/policy.yaml").write_text(POLICY)
+    words = ("compare", "nets:net", "policy.yaml", "a/policy.yaml", "-d", "nets:data")
+    done = otprune(*words, "--held", "nets:held")
+    assert done.exit_code == 3
+    assert "the same name" in done.output
 
 
 def test_apply_writes_a_model_that_loads_and_a_report_that_reads(otprune: Otprune) -> None:
@@ -288,7 +319,7 @@ def test_a_command_imports_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "doctor", "plan", "apply", "verify", "export", "schema"]
+    "command", ["demo", "doctor", "plan", "compare", "apply", "verify", "export", "schema"]
 )
 def test_every_command_has_help(command: str, otprune: Otprune) -> None:
     done = otprune(command, "--help")

@@ -20,7 +20,7 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 ROOMS = (
     "errors", "policy", "structure", "statistics", "transport", "nn", "certify", "criteria", "plan",
     "surgery", "decide", "fold", "doctor", "maps", "repair", "align", "training", "report",
-    "verify", "store", "attach", "pipeline", "integrations", "demo", "cli",
+    "verify", "store", "attach", "pipeline", "compare", "integrations", "demo", "cli",
 )  # fmt: skip
 
 # A package that comes in by one door only.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch_otprune.align import Alignment, align
     from torch_otprune.attach import Attached, attach, observe
     from torch_otprune.certify import Certificate, certify
+    from torch_otprune.compare import Comparison, compare
     from torch_otprune.doctor import Diagnosis, doctor
     from torch_otprune.errors import OTPruneError
     from torch_otprune.integrations.export import export
@@ -45,6 +46,7 @@ __all__ = [
     "Calibration",
     "Certificate",
     "Channels",
+    "Comparison",
     "Diagnosis",
     "Experts",
     "Folds",
@@ -64,6 +66,7 @@ __all__ = [
     "apply_",
     "attach",
     "certify",
+    "compare",
     "doctor",
     "export",
     "folds",
@@ -82,6 +85,7 @@ _HOMES = (
     "align",
     "attach",
     "certify",
+    "compare",
     "doctor",
     "errors",
     "integrations.export",

@@ -25,7 +25,7 @@ from torch_otprune.policy import Budget, Channels, Policy
 from torch_otprune.report import Report
 from torch_otprune.store import save
 
-__all__ = ["DigitsNet", "Outcome", "Result", "digits_loader", "digits_net", "run"]
+__all__ = ["DigitsNet", "Outcome", "Result", "digits_held", "digits_loader", "digits_net", "run"]
 
 Progress = Callable[[str, int, int], None]
 _TEST = 597  # of 1 797 images: never trained nor calibrated on
@@ -54,6 +54,15 @@ def digits_loader() -> list[Tensor]:
         batches of shape 100 x 1 x 8 x 8, in [0, 1].
     """
     return list(_digits()[0].split(_BATCH))
+
+
+def digits_held() -> list[Tensor]:
+    """Load the images that nothing is trained or calibrated on, without their labels.
+
+    Returns:
+        batches of at most 100 x 1 x 8 x 8, in [0, 1].
+    """
+    return list(_digits()[2].split(_BATCH))
 
 
 @dataclass(frozen=True)

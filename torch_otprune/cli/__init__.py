@@ -119,6 +119,24 @@ def plan(  # noqa: PLR0917 (the shell names them)
 
 
 @app.command()
+def compare(  # noqa: PLR0917 (the shell names them)
+    model: Model,
+    policies: Annotated[list[Path], typer.Argument(metavar="POLICY...", help="YAML files.")],
+    data: Data,
+    held: Annotated[
+        str, typer.Option("--held", help="Batches that --data does not hold, as module:loader.")
+    ],
+    weights: Weights = None,
+    json: Json = False,
+) -> None:
+    """Carry out several policies on copies, and say which stays nearest to the dense model."""
+    with screen(json=json) as show:
+        from torch_otprune.cli.contest import run_compare
+
+        run_compare(show, model, policies, data=data, held=held, weights=weights)
+
+
+@app.command()
 def apply(  # noqa: PLR0917 (the shell names them)
     model: Model,
     data: Data,

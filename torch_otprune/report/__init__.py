@@ -1,7 +1,13 @@
 """Before and after in, a verified report out: table, pictures, one page."""
 
 from torch_otprune.report.anatomy import draw_groups
-from torch_otprune.report.compare import agreement, layer_errors, output_error, per_layer_error
+from torch_otprune.report.compare import (
+    agreement,
+    layer_errors,
+    output_error,
+    per_layer_error,
+    sample_errors,
+)
 from torch_otprune.report.folds import Folds, LayerFolds, folds
 from torch_otprune.report.images import Images, images_of
 from torch_otprune.report.kernels import trainability
@@ -16,6 +22,7 @@ from torch_otprune.report.model import (
     Report,
     environment,
 )
+from torch_otprune.report.table import tabulated
 from torch_otprune.report.trainability import Trainability
 
 __all__ = [
@@ -42,5 +49,7 @@ __all__ = [
     "layer_errors",
     "output_error",
     "per_layer_error",
+    "sample_errors",
+    "tabulated",
     "trainability",
 ]

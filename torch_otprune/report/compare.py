@@ -15,7 +15,7 @@ from torch_otprune.errors import VerificationError
 from torch_otprune.report.model import Agreement, LayerError
 from torch_otprune.structure.forward import evaluating, flat_tensors, run
 
-__all__ = ["agreement", "layer_errors", "output_error", "per_layer_error"]
+__all__ = ["agreement", "layer_errors", "output_error", "per_layer_error", "sample_errors"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -37,6 +37,34 @@ def output_error(dense: Any, pruned: Any) -> float:
     for pair in _pairs(dense, pruned):
         ratio.add(*pair)
     return ratio.value
+
+
+def sample_errors(dense: Any, pruned: Any, *, samples: int) -> tuple[Tensor, Tensor]:
+    """Square how far an output moved, sample by sample.
+
+    Args:
+        dense: of one batch: tensor, tuple, mapping, Transformers output.
+        pruned: the same nesting.
+        samples: in the batch.
+
+    Returns:
+        squared change and squared size per sample, summed over all tensors, in float64 on the
+        CPU; one entry for the whole batch where samples do not come first.
+
+    Raises:
+        VerificationError: if the two have no floating tensor of one shape in common.
+    """
+    pairs = list(_pairs(dense, pruned))
+    rows = samples if all(a.dim() and len(a) == samples for a, _ in pairs) else 1
+    change = torch.zeros(rows, dtype=torch.float64, device="cpu")
+    size = change.clone()
+    for pair in pairs:
+        before, after = (_wide(t).reshape(rows, -1) for t in pair)
+        finite = before.isfinite()  # masks of -inf are the dense net's own business
+        before, after = (torch.where(finite, t, 0.0) for t in (before, after))
+        size += before.square().sum(1).cpu()
+        change += (after - before).square().sum(1).nan_to_num(nan=torch.inf, posinf=torch.inf).cpu()
+    return change, size
 
 
 def agreement(dense: Any, pruned: Any) -> Agreement:

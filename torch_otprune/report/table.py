@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from torch_otprune.plan.model import Cost, Plan
     from torch_otprune.report.model import LayerError, Report
 
-__all__ = ["Section", "depth_sections", "layer_rows", "plan_costs", "render", "total_rows"]
+__all__ = [
+    "Section",
+    "depth_sections",
+    "layer_rows",
+    "plan_costs",
+    "render",
+    "tabulated",
+    "total_rows",
+]
 
 _WIDTH, _WORST = 100, 10
 
@@ -37,15 +45,15 @@ def render(report: Report) -> str:
         lines of at most 100 characters, without colour.
     """
     worst = sorted(report.layers, key=lambda layer: -layer.after_repair)[:_WORST]
-    parts = [_verdicts(report), _table(("", "dense", "pruned", "kept"), total_rows(report))]
-    parts += [_table(s.head[:-1], _brief(s.rows)) for s in depth_sections(report.plan)]
+    parts = [_verdicts(report), tabulated(("", "dense", "pruned", "kept"), total_rows(report))]
+    parts += [tabulated(s.head[:-1], _brief(s.rows)) for s in depth_sections(report.plan)]
     if report.zeros:
-        parts.append(_table(ZERO_HEAD, _few(zero_rows(report.zeros))))
+        parts.append(tabulated(ZERO_HEAD, _few(zero_rows(report.zeros))))
     if worst:
-        parts.append(_table(("layer", "before repair", "after repair"), layer_rows(worst)))
+        parts.append(tabulated(("layer", "before repair", "after repair"), layer_rows(worst)))
     if (learns := report.trainability) is not None:
         parts.append(_capture([f"- {verdict}" for verdict in learns.verdicts]))
-        parts.append(_table(("tangent kernel", "dense", "pruned"), learns.rows()))
+        parts.append(tabulated(("tangent kernel", "dense", "pruned"), learns.rows()))
     if notes := [f"note: {note}" for note in report.plan.notes if note.startswith("MACs ")]:
         parts.append(_capture(notes))
     if rest := len(report.layers) - len(worst):
@@ -148,7 +156,16 @@ def _verdicts(report: Report) -> str:
     return _capture([f"- {sentence}" for sentence in report.verdicts])
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def tabulated(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Set a table as plain text.
+
+    Args:
+        head: names of the columns; the first column is set left, the others right.
+        rows: their cells.
+
+    Returns:
+        lines of at most 100 characters.
+    """
     from rich import box
     from rich.table import Table
 
