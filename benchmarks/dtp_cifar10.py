@@ -7,6 +7,7 @@ best other method, and at 30 % above all of them, as there the choice matters mo
 on the short schedule the repair of `one_shot` may still be ahead.
 
     python benchmarks/dtp_cifar10.py --data DATA
+    python benchmarks/dtp_cifar10.py --data DATA --schedule medium --only "dtp|one_shot/t"
     python benchmarks/dtp_cifar10.py --data DATA --schedule full --device cuda
     python benchmarks/dtp_cifar10.py --quick --out /tmp/dtp.json
     python benchmarks/plot_dtp_cifar10.py
@@ -70,6 +71,7 @@ class Schedule:
 
 SCHEDULES = {
     "short": Schedule("short", 300, 64, 0.01, (50, 30), 2),
+    "medium": Schedule("medium", 2000, 64, 0.03, (50, 30), 1),
     "full": Schedule("full", 3000, 128, 0.03, (70, 50, 30), 3),
     "quick": Schedule("quick", 10, 16, 0.01, (50,), 1),
 }
@@ -364,7 +366,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder of images and weights")
     parser.add_argument("--quick", action="store_true", help="noise and a tiny network")
-    parser.add_argument("--schedule", choices=["short", "full"], default="short")
+    parser.add_argument("--schedule", choices=["short", "medium", "full"], default="short")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", default="", help="regular expression on methods")
     parser.add_argument("--seeds", type=int, help="instead of the schedule's")

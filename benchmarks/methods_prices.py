@@ -21,22 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cifar10_width import load_bench
 from benchmarks.common import environment, markdown, write_json
 from benchmarks.methods import FLAGSHIP, OURS, methods
-from benchmarks.methods_cifar10 import NET, Case, Lab, quick_bench
+from benchmarks.methods_cifar10 import NET, Case, Lab, logits, quick_bench
 
 OUT = Path(__file__).resolve().parent / "results" / "methods_prices.json"
-
-
-@torch.inference_mode()
-def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Run a network in evaluation mode, batch by batch."""
-    return torch.cat([model.eval()(x) for x in inputs.split(256)]).double()
 
 
 def alone(lab: Lab, case: Case, cut: Any) -> nn.Module:
@@ -65,11 +59,11 @@ def measure(lab: Lab, seed: int, budget: int) -> Iterator[dict[str, Any]]:
         power.
     """
     case = Case(methods()[FLAGSHIP], OURS, "budget", budget, seed)
-    inputs = lab.judges("validation", seed).inputs()
-    dense = outputs(lab.bench.model, inputs)
+    images = lab.judges("validation", seed)
+    dense = logits(lab.bench.model, images)
     for cut in lab.plan(case)[0].cuts:
         start = time.process_time()
-        moved = outputs(alone(lab, case, cut), inputs) - dense
+        moved = logits(alone(lab, case, cut), images) - dense
         measured = float(moved.square().sum() / dense.square().sum())
         assert cut.error is not None
         yield {
