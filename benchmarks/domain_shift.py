@@ -155,7 +155,7 @@ def folded_(model: nn.Module, bench: Bench, seed: int, **settings: Any) -> None:
 
     side = settings.pop("side")
     home, away = (cifar.batches(part.inputs()) for part in bench.drawn(seed))
-    adapt_(model, home, away, map={"kind": "domain_map", **settings}, side=side, seed=seed)
+    adapt_(model, home, away, map={"kind": "domain_map"} | settings, side=side, seed=seed)
 
 
 def regressed_(
@@ -208,8 +208,11 @@ METHODS: dict[str, Method] = {
     "pairs found by transport, out": partial(regressed_, side="out"),
     "pairs found by transport, in": partial(regressed_, side="in"),
     "all pairs found by transport, out": partial(regressed_, side="out", most=10**6),
+    "all pairs found by transport, in": partial(regressed_, side="in", most=10**6),
     "variances, in": partial(folded_, side="in", method="diagonal"),
     "covariances, in": partial(folded_, side="in", method="bures"),
+    "plan without pairs, in": partial(folded_, side="in", method="coupled"),
+    "monge_map, out": partial(folded_, side="out", kind="monge_map"),
 }
 TUNED = "fine-tuned with labels, 1.5 epochs of 50 000 images"
 

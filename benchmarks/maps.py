@@ -63,6 +63,7 @@ MAPS: dict[str, Any] = {
     "sparse_map 1/4, pairs": mapped("sparse_map", budget=0.25),
     "sparse_map 1/2, pairs": mapped("sparse_map", budget=0.5),
     "sparse_map 1/2, laws": unpaired("sparse_map", budget=0.5),
+    "domain_map diagonal, laws": unpaired("domain_map", method="diagonal"),
     "domain_map coupled, laws": unpaired("domain_map", method="coupled"),
     "flow sinkhorn, laws": unpaired("flow"),
     "flow jsd, laws": unpaired("flow", energy="jsd"),

@@ -11,12 +11,14 @@ of the best; least squares helps every method; no published recipe beats the sam
 budget with least squares.
 
     python benchmarks/methods_cifar10.py --data DATA
+    python benchmarks/methods_cifar10.py --data DATA --net resnet32 --out RESULTS.json
     python benchmarks/methods_cifar10.py --quick --out /tmp/methods.json
     python benchmarks/plot_methods.py
 
-Images are the JPEG copies with the weights tuned on them: every fourth of the 10 000 test images,
-which nothing was tuned on; and as many training images that calibration did not draw, on which
-decisions are made. Rows are written one by one and skipped when they are there already.
+Images are the JPEG copies with the weights tuned on them (unless `--net` says otherwise): every
+fourth of the 10 000 test images, which nothing was tuned on; and as many training images that
+calibration did not draw, on which decisions are made. Rows are written one by one and skipped when
+they are there already.
 """
 
 from __future__ import annotations
@@ -367,6 +369,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder of images and weights")
+    parser.add_argument("--net", choices=list(cifar.NETS), default=NET)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -382,7 +385,9 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     if args.data is None and not args.quick:
         parser.error("--data is required, but with --quick.")
-    bench = quick_bench() if args.quick else load_bench(NET, args.data, args.data)
+    if args.net != NET and args.out == OUT:
+        parser.error("--out is required with another --net: one file holds one network.")
+    bench = quick_bench() if args.quick else load_bench(args.net, args.data, args.data)
     lab = Lab(bench, tuple(args.splits), args.images)
     todo = cases(seeds=args.seeds, budgets=args.budgets, widths=args.widths, only=args.only)
     run(lab, todo, args.out, minutes=args.minutes, force=args.force)

@@ -8,8 +8,9 @@ of 1.5e-4 or less under noise 0.4, the certificate unchanged, control steps at l
 The plant is that of `mpc_plant.py`. Nets predict ten states over one period from the state and the
 inputs, all scaled to [0, 1]; they are trained on outputs with noise and tested without. Pruning
 sees inputs of the training set only, and no training follows. The controller plans ten periods by
-SLSQP with central differences, all of them one batch of the traced net in float64; its time is
-the processor's, on one thread.
+SLSQP with central differences. Pricing all of its plans is one traced graph in float64, net,
+scales and costs, so that little is timed that is not the net; time is the processor's, on one
+thread. Nets are kept, and `--time` puts them in control once more without training them again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from benchmarks.mpc_plant import LIMITS, STEPS, Data, advance, energy, make_data
 from torch_otprune.nn import ICLRNN, ICLSTM, ICRNN, InputConvex
 
 RESULTS = Path(__file__).resolve().parent / "results" / "mpc.json"
+NETS_AT = Path(__file__).resolve().parents[1] / "build" / "mpc"
 SHARES = (0.33, 0.1)
 STARTS = np.array([[-0.7, 45.0], [0.9, -50.0], [-0.3, 30.0]])
 WEIGHTS = np.array([9.35, 0.41])  # of the scaled states' squares
@@ -146,6 +148,34 @@ def proved(net: nn.Module, data: Data) -> bool:
     return otp.certify(net, data.x[:2], pairs=64, steps=0).convex.how == "structural"
 
 
+class Rollout(nn.Module):
+    """Prices plans by the net: scaled states' squares over all periods, and effort.
+
+    Args:
+        net: the model of the plant, in float64.
+        data: its scales.
+        horizon: periods.
+    """
+
+    def __init__(self, net: nn.Module, data: Data, horizon: int) -> None:
+        super().__init__()
+        self.net, self.horizon, scales = net, horizon, data.scales
+        self.low, self.span = map(torch.from_numpy, (scales.low, scales.span))
+        self.out_low, self.out_span = map(torch.from_numpy, (scales.out_low, scales.out_span))
+        self.target = -self.out_low / self.out_span
+        self.limits, self.weights = torch.from_numpy(LIMITS), torch.from_numpy(WEIGHTS)
+
+    def forward(self, state: Tensor, plans: Tensor) -> Tensor:
+        """Price rows of inputs in [-1, 1], period by period."""
+        x, found = state.expand(plans.shape[0], -1), EFFORT * plans.square().sum(1)
+        for u in plans.split(2, 1):
+            row = (torch.cat([x, u * self.limits], 1) - self.low) / self.span
+            out = self.net(row[:, None].expand(-1, STEPS, -1))
+            found = found + ((out - self.target).square() * self.weights).sum((1, 2))
+            x = out[:, -1] * self.out_span + self.out_low
+        return found
+
+
 class Controller:
     """Plans inputs over several periods by SLSQP, with the net as the plant.
 
@@ -156,25 +186,22 @@ class Controller:
     """
 
     def __init__(self, net: nn.Module, data: Data, horizon: int) -> None:
-        self.scales, self.horizon = data.scales, horizon
-        twin = copy.deepcopy(net).double().eval()
-        rows = torch.rand(4 * horizon + 1, STEPS, 4, dtype=torch.float64)
+        rollout = Rollout(copy.deepcopy(net).double(), data, horizon).eval()
+        self.target, self.calls = rollout.target.numpy(), 0
+        plans = torch.zeros(4 * horizon + 1, 2 * horizon, dtype=torch.float64)
         with torch.no_grad():
-            self.net = torch.jit.freeze(torch.jit.trace(twin, rows))
-        self.target = -data.scales.out_low / data.scales.out_span
-        self.calls = 0
+            traced = torch.jit.trace(rollout, (plans[:1, :2], plans))
+            self.rollout = torch.jit.freeze(traced)
+        for _ in range(3):  # the first runs of a traced net compile it
+            self.costs(np.zeros(2), plans.numpy())
 
     def costs(self, state: np.ndarray, plans: np.ndarray) -> np.ndarray:
-        """Price plans: rows of inputs in [-1, 1], period by period."""
+        """Price plans."""
         self.calls += 1
-        found, x = np.zeros(len(plans)), np.repeat(state[None], len(plans), 0)
-        for period in range(self.horizon):
-            u = plans[:, 2 * period : 2 * period + 2]
-            row = torch.from_numpy(self.scales.inputs(x, u * LIMITS))
-            with torch.inference_mode():
-                out = self.net(row[:, None].expand(-1, STEPS, -1)).numpy()
-            found += ((out - self.target) ** 2 * WEIGHTS).sum((1, 2)) + EFFORT * (u**2).sum(1)
-            x = self.scales.state(out[:, -1])
+        with torch.inference_mode():
+            found: np.ndarray = self.rollout(
+                torch.from_numpy(state[None]), torch.from_numpy(plans)
+            ).numpy()
         return found
 
     def priced(self, plan: np.ndarray, state: np.ndarray) -> tuple[float, np.ndarray]:
@@ -199,11 +226,9 @@ class Controller:
 def control(net: nn.Module, data: Data, size: Size) -> dict[str, float]:
     """Hold the true plant at its steady state from several starts."""
     seconds, rounds, calls, cost, ends = [], [], [], 0.0, []
+    controller = Controller(net, data, size.horizon)
     for start in STARTS[: size.starts]:
-        controller = Controller(net, data, size.horizon)
         state, guess = start, np.zeros(2 * size.horizon)
-        for _ in range(3):  # the first runs of a traced net compile it
-            controller.priced(guess, state)
         for _ in range(size.moves):
             before, controller.calls = time.process_time(), 0
             found = controller.plan(state, guess)
@@ -224,8 +249,8 @@ def control(net: nn.Module, data: Data, size: Size) -> dict[str, float]:
     }
 
 
-def row(net: nn.Module, data: Data, size: Size) -> dict[str, Any]:
-    """Measure one net."""
+def judged(net: nn.Module, data: Data, size: Size) -> dict[str, Any]:
+    """Measure size, error and certificate."""
     certificate = otp.certify(net, data.x[:256], pairs=size.pairs, steps=min(200, size.steps))
     violated = certificate.convex.violation
     return {
@@ -235,43 +260,83 @@ def row(net: nn.Module, data: Data, size: Size) -> dict[str, Any]:
         "convex_text": certificate.convex.text,
         "violations": violated.share if violated else 0.0,
         "lipschitz": certificate.bound,
-        **control(net, data, size),
     }
 
 
-def rows(name: str, data: Data, size: Size, sigma: float, *, seed: int) -> list[dict[str, Any]]:
-    """Train a net, prune it, and measure all."""
-    torch.manual_seed(seed)
-    net, start = NETS[name](size.hidden), time.perf_counter()
-    train(net, data, data.noisy(sigma, seed + 1), epochs=size.epochs, seed=seed)
-    net.eval()
-    spent = {"net": name, "noise": sigma, "seed": seed}
-    spent["train_seconds"] = time.perf_counter() - start
-    found = [spent | {"kept": 1.0, "prune_seconds": 0.0} | row(net, data, size)]
-    for share in SHARES:
-        small, seconds = pruned(net, data, share, size)
-        found.append(spent | {"kept": share, "prune_seconds": seconds} | row(small, data, size))
-    return found
+@dataclass(frozen=True)
+class Job:
+    """One row.
+
+    Args:
+        net: which of `NETS`.
+        noise: standard deviation of what is added to the outputs, in their scaled unit.
+        seed: of weights, noise and order.
+        kept: share of the parameters.
+    """
+
+    net: str
+    noise: float
+    seed: int
+    kept: float
+
+
+def made(job: Job, data: Data, size: Size, *, nets: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a net and what it cost, or train it, or prune the dense one."""
+    folder = nets / "-".join(map(str, (*asdict(job).values(), size.hidden))).replace(" ", "")
+    if spent := read_json(folder / "spent.json"):  # written last
+        return _loaded(job, size, folder), spent
+    if job.kept == 1.0:
+        torch.manual_seed(job.seed)
+        net, start = NETS[job.net](size.hidden), time.perf_counter()
+        noisy = data.noisy(job.noise, job.seed + 1)
+        train(net, data, noisy, epochs=size.epochs, seed=job.seed)
+        spent = {"train_seconds": time.perf_counter() - start, "prune_seconds": 0.0}
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(net.state_dict(), folder / "dense.pt")
+    else:
+        dense, spent = made(replace(job, kept=1.0), data, size, nets=nets)
+        net, seconds = pruned(dense, data, job.kept, size)
+        spent = spent | {"prune_seconds": seconds}
+        otp.save(net, folder)
+    write_json(folder / "spent.json", spent)
+    return net.eval(), spent
+
+
+def _loaded(job: Job, size: Size, folder: Path) -> nn.Module:
+    def build() -> nn.Module:
+        return NETS[job.net](size.hidden)
+
+    if job.kept < 1.0:
+        return otp.load(folder, factory=build).eval()
+    net = build()
+    net.load_state_dict(torch.load(folder / "dense.pt"))
+    return net.eval()
 
 
 def main(words: list[str] | None = None) -> None:
-    """Run all nets and seeds; what is written already is not run again."""
+    """Run all nets and seeds; rows that are written already are not run again."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=RESULTS)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--nets", type=Path, default=NETS_AT, help="where trained nets are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--noise", type=float, default=0.4)
+    parser.add_argument("--time", action="store_true", help="put all nets in control once more")
     parser.add_argument("--quick", action="store_true", help="tiny nets, seconds instead of hours")
     args = parser.parse_args(words)
     torch.set_num_threads(1)
     size = QUICK if args.quick else Size()
     payload = read_json(args.json) or {"environment": environment(), "rows": []}
-    done = {(r["net"], r["noise"], r["seed"]) for r in payload["rows"]}
+    rows = {Job(r["net"], r["noise"], r["seed"], r["kept"]): r for r in payload["rows"]}
     data = make_data(size.grid)
-    for seed, name in product(range(args.seeds), NETS):
-        if (name, args.noise, seed) not in done:
-            payload["rows"] += rows(name, data, size, args.noise, seed=seed)
-            write_json(args.json, payload)
-            print(f"seed {seed}: {name}", flush=True)
+    for seed, name, kept in product(args.seeds, NETS, (1.0, *SHARES)):
+        job = Job(name, args.noise, seed, kept)
+        if job in rows and not args.time:
+            continue
+        net, spent = made(job, data, size, nets=args.nets)
+        known = rows.get(job) or asdict(job) | spent | judged(net, data, size)
+        rows[job] = known | control(net, data, size)
+        write_json(args.json, payload | {"rows": list(rows.values())})
+        print(f"seed {seed}: {name}, {kept:g}", flush=True)
 
 
 if __name__ == "__main__":

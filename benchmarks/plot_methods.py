@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Panel, markdown, read_json, save_picture
 from benchmarks.methods import FLAGSHIP, OURS, REPAIRS
-from benchmarks.methods_cifar10 import BUDGETS, WIDTHS, cases
+from benchmarks.methods_cifar10 import BUDGETS, NET, WIDTHS, cases
 
 RESULTS = Path(__file__).resolve().parent / "results" / "methods_cifar10.json"
 Key = tuple[int, str, str, str]  # budget, widths, method, repair
+_PLACE = ("method", "widths", "repair", "budget", "seed")
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,46 @@ def foresight(cells: Mapping[Key, Cell]) -> str:
     return ", ".join(found)
 
 
+def choosing(payload: Mapping[str, Any]) -> list[str]:
+    """Say what comes of choosing by output error on held-out images, as `otp.compare` does.
+
+    Args:
+        payload: what `methods_cifar10.py` wrote.
+
+    Returns:
+        a sentence per budget at which the test error of what was chosen is known: the choice reads
+        validation images without labels, the error test images.
+    """
+    errors = {
+        tuple(row[n] for n in _PLACE): row
+        for row in payload.get("rows", ())
+        if row["split"] == "test" and "error" in row
+    }
+    held: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in payload.get("rows", ()):
+        known = tuple(row[n] for n in _PLACE) in errors
+        if row["split"] == "validation" and row["repair"] == OURS and "moved" in row and known:
+            held[row["budget"], row["seed"]].append(row)
+    told = []
+    for budget in sorted({b for b, _ in held}):
+        seeds = {s: rows for (b, s), rows in held.items() if b == budget and len(rows) > 1}
+        if not seeds:
+            continue
+        picked = [min(rows, key=lambda row: row["moved"]) for rows in seeds.values()]
+        best = [
+            min(errors[tuple(r[n] for n in _PLACE)]["error"] for r in rows)
+            for rows in seeds.values()
+        ]
+        error = [errors[tuple(row[n] for n in _PLACE)]["error"] for row in picked]
+        names = ", ".join(sorted({f"`{row['method']}` ({row['widths']})" for row in picked}))
+        told.append(
+            f"At {budget} % the least output error on validation images picks {names}: "
+            f"{statistics.mean(error):.1f} % error; the best on the test images themselves "
+            f"{statistics.mean(best):.1f} %."
+        )
+    return told
+
+
 def sentences(cells: Mapping[Key, Cell]) -> list[str]:
     """Say what the numbers say."""
     budgets = sorted({key[0] for key in cells} - {100})
@@ -201,7 +242,7 @@ def _except(text: str, places: Sequence[str]) -> str:
 def unmeasured(payload: Mapping[str, Any], split: str) -> int:
     """Count the cells that the full plan has and the results have not."""
     known = {
-        tuple(row[n] for n in ("method", "widths", "repair", "budget", "seed"))
+        tuple(row[n] for n in _PLACE)
         for row in payload.get("rows", ())
         if row["split"] == split and "error" in row
     }
@@ -234,11 +275,14 @@ def page(payload: Mapping[str, Any], *, split: str = "test") -> str:
     parts = [f"Top-1 error in percent on {said} {split} images; one to {most} seeds."]
     if dense := cells.get((100, "", "dense", "none")):
         parts[0] += f" Dense: {dense.error:.1f}, loss {dense.loss:.3f}."
-    if missing := unmeasured(payload, split):
+    whole = {row["net"] for row in payload["rows"]} == {NET}  # others have only a part of the plan
+    if missing := unmeasured(payload, split) if whole else 0:
         parts[0] += f" {missing} cells of the full plan, three seeds each, are not measured yet."
     told = sentences(cells)
     if gained := foresight(cells):
         told.append(f"Points that `foresee=True` gains: {gained}.")
+    if split == "test":
+        told += choosing(payload)
     parts += ["\n".join(f"- {text}" for text in told)]
     for widths in sorted({key[1] for key in cells} - {""}, key=list(_CHOSEN).index):
         for budget in sorted({k[0] for k in cells if k[1] == widths}):

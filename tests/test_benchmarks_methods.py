@@ -189,6 +189,18 @@ def test_what_foreseeing_gains_is_said_per_method() -> None:
     assert plot_methods.foresight(cells) == "`obs` at 50 % +2.5"
 
 
+def test_what_is_chosen_without_labels_is_judged_on_other_images() -> None:
+    payload = rows(fpgm__budget__least_squares=20.0, transport__foreseen__least_squares=18.0)
+    moved = {"fpgm": 0.3, "transport": 0.4}  # the choice by outputs is not the best by labels
+    payload["rows"] += [
+        row | {"split": "validation", "moved": moved[row["method"]], "error": 1.0}
+        for row in payload["rows"]
+    ]
+    (text,) = plot_methods.choosing(payload)
+    assert "picks `fpgm` (budget): 20.0 %" in text
+    assert "themselves 18.0 %" in text
+
+
 def test_accuracy_and_loss_are_those_of_the_formulas() -> None:
     class Fixed(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
