@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.integrate import solve_ivp
 
 from benchmarks import mpc, mpc_plant, plot_mpc
+from torch_otprune.nn import ICRNN
 
 
 def test_the_plant_rests_at_its_steady_state() -> None:
@@ -35,13 +37,16 @@ def test_training_data_lie_between_zero_and_one() -> None:
     assert data.noisy(0.4, 1).sub(data.y).std().item() == pytest.approx(0.4, rel=0.05)
 
 
+WORDS = ["--quick", "--seeds", "0"]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One net trained, pruned and put in control."""
     path = tmp_path_factory.mktemp("mpc") / "mpc.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mpc, "NETS", {"ICRNN": mpc.NETS["ICRNN"]})
-        mpc.main(["--quick", "--seeds", "1", "--json", str(path)])
+        mpc.main([*WORDS, "--json", str(path), "--nets", str(path.parent / "nets")])
     return path
 
 
@@ -65,8 +70,52 @@ def test_what_is_written_is_not_run_again(
     copy = tmp_path / "mpc.json"
     copy.write_text(results.read_text())
     monkeypatch.setattr(mpc, "NETS", {"ICRNN": None})  # would fail if it were built
-    mpc.main(["--quick", "--seeds", "1", "--json", str(copy)])
+    mpc.main([*WORDS, "--json", str(copy)])
     assert rows(copy) == rows(results)
+
+
+def test_only_the_row_that_is_missing_is_run(
+    results: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(mpc, "NETS", {"ICRNN": mpc.NETS["ICRNN"]})
+    monkeypatch.setattr(mpc, "train", None)  # would fail if it were called
+    copy, payload = tmp_path / "mpc.json", json.loads(results.read_text())
+    whole = payload["rows"]
+    copy.write_text(json.dumps(payload | {"rows": whole[:2]}))
+    mpc.main([*WORDS, "--json", str(copy), "--nets", str(results.parent / "nets")])
+    assert rows(copy)[:2] == whole[:2] and rows(copy)[2]["test_mse"] == whole[2]["test_mse"]
+
+
+def test_control_is_timed_again_without_training(
+    results: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(mpc, "NETS", {"ICRNN": mpc.NETS["ICRNN"]})
+    monkeypatch.setattr(mpc, "train", None)
+    monkeypatch.setattr(mpc, "judged", None)
+    copy = tmp_path / "mpc.json"
+    copy.write_text(results.read_text())
+    mpc.main([*WORDS, "--time", "--json", str(copy), "--nets", str(results.parent / "nets")])
+    for old, new in zip(rows(results), rows(copy), strict=True):
+        assert new["seconds_per_step"] != old["seconds_per_step"]
+        assert new["closed_loop_cost"] == pytest.approx(old["closed_loop_cost"], rel=1e-9)
+
+
+def test_the_graph_prices_a_plan_as_numpy_does_step_by_step() -> None:
+    data, horizon = mpc_plant.make_data(24), 3
+    torch.manual_seed(0)
+    net = ICRNN(4, 8, 2).double()
+    plans = np.random.default_rng(0).uniform(-1, 1, (4 * horizon + 1, 2 * horizon))
+    found, x = np.zeros(len(plans)), np.repeat(mpc.STARTS[:1], len(plans), 0)
+    target = -data.scales.out_low / data.scales.out_span
+    for period in range(horizon):
+        u = plans[:, 2 * period : 2 * period + 2]
+        row = torch.from_numpy(data.scales.inputs(x, u * mpc_plant.LIMITS))
+        with torch.no_grad():
+            out = net(row[:, None].expand(-1, mpc_plant.STEPS, -1)).numpy()
+        found += ((out - target) ** 2 * mpc.WEIGHTS).sum((1, 2)) + mpc.EFFORT * (u**2).sum(1)
+        x = data.scales.state(out[:, -1])
+    controller = mpc.Controller(net, data, horizon)
+    np.testing.assert_allclose(controller.costs(mpc.STARTS[0], plans), found, rtol=1e-12)
 
 
 def test_the_page_has_a_line_per_row_a_verdict_and_a_picture(results: Path) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import torch_otprune as otp
 from torch_otprune.certify.study import study
 from torch_otprune.errors import StructureError
-from torch_otprune.nn import FICNN, ICLSTM, ICRNN, PICNN
+from torch_otprune.nn import FICNN, ICLRNN, ICLSTM, ICRNN, PICNN
 
 ROW = torch.tensor([[0.3, -0.7, 1.1]])
 
@@ -120,13 +120,90 @@ def test_without_an_output_nothing_is_certified(out: Callable[..., Any]) -> None
 
 @pytest.mark.parametrize("example", [ROW[:0], ROW * float("nan")])
 def test_an_example_without_numbers_is_an_error(example: Tensor) -> None:
-    with pytest.raises(StructureError, match="the example is empty, or holds"):
+    with pytest.raises(StructureError, match="the example is empty, has no values, or holds"):
         otp.certify(nn.Linear(3, 2), example)
 
 
-def test_a_negative_number_of_pairs_is_an_error() -> None:
-    with pytest.raises(StructureError, match="-1 pairs and 5 steps cannot be tried"):
-        otp.certify(nn.Linear(3, 2), ROW, pairs=-1, steps=5)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("pairs", -1), ("pairs", "many"), ("pairs", 1.5), ("steps", True), ("steps", None)],
+)
+def test_what_is_no_number_of_pairs_or_steps_is_an_error(name: str, size: Any) -> None:
+    with pytest.raises(StructureError, match=f"{size!r} is no number of {name}"):
+        otp.certify(nn.Linear(3, 2), ROW, **{name: size})
+
+
+@pytest.mark.parametrize("seed", ["x", 1 << 70])
+def test_what_is_no_seed_is_an_error(seed: Any) -> None:
+    with pytest.raises(StructureError, match=f"{seed!r} is no seed"):
+        otp.certify(nn.Tanh(), ROW, seed=seed)
+
+
+@pytest.mark.parametrize("model", [None, "net", torch.relu, nn.Linear])
+def test_what_is_no_module_is_an_error(model: Any) -> None:
+    with pytest.raises(StructureError) as caught:
+        otp.certify(model, ROW)
+    assert caught.value.problem.startswith("the model is of type")
+    assert caught.value.fix == "pass a torch.nn.Module."
+
+
+@pytest.mark.parametrize("example", [torch.zeros(1, 5), torch.tensor(1.0), ROW.double()])
+def test_an_example_that_does_not_fit_is_an_error(example: Tensor) -> None:
+    with pytest.raises(StructureError) as caught:
+        otp.certify(nn.Linear(3, 2), example)
+    assert caught.value.problem.startswith("the model does not run on the example: ")
+    assert caught.value.where == f"Linear, given {tuple(example.shape)}"
+
+
+def test_weights_without_values_are_an_error() -> None:
+    with pytest.raises(StructureError, match="'weight' is on the meta device"):
+        otp.certify(nn.Linear(3, 2, device="meta"), ROW)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_weights_are_followed_in_full(dtype: torch.dtype) -> None:
+    net, x = FICNN(3, (4,)).to(dtype), ROW.to(dtype)
+    found = otp.certify(net, x, pairs=20, steps=1)
+    assert found.convex.how == "structural" and found.bound is not None
+    with torch.no_grad():
+        net.z[0].weight[0, 0] = -1.0
+    assert otp.certify(net, x, pairs=200, steps=1).convex.how == "refused"
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        (lambda m, x: m.dense(x.float()).tanh(), "must have the same dtype"),
+        (lambda m, x: 1 / (x.tanh() if float(x[0, 0]) == float(ROW[0, 0]) else None), "NoneType"),
+    ],
+)
+def test_a_net_that_runs_on_the_example_only_is_left_open(
+    run: Callable[..., Any], why: str
+) -> None:
+    net = Net(run)
+    net.dense = nn.Linear(3, 3)
+    found = otp.certify(net, ROW, pairs=20, steps=1).convex
+    assert found.how == "empirical" and why in found.text
+    assert found.text.startswith("not proved, and not tried: the model does not run on inputs near")
+
+
+def test_a_training_net_is_read_as_it_is_served() -> None:
+    net = nn.Sequential(
+        nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(), nn.Linear(6, 1)
+    )
+    with torch.no_grad():
+        net[4].weight.abs_()
+    assert otp.certify(net, ROW, pairs=20, steps=1).convex.how == "structural" and net.training
+
+
+def test_a_layer_used_three_times_is_followed_each_time() -> None:
+    one = nn.Linear(3, 3)
+    net = nn.Sequential(one, nn.ReLU(), one, nn.ReLU(), one)
+    with torch.no_grad():
+        one.weight.abs_()
+        assert study(net, ROW).holds("convex")
+        one.weight[0, 0] = -1.0  # the first reads the input and may be; the others may not
+        assert not study(net, ROW).holds("convex")
 
 
 def test_one_number_for_a_whole_batch_is_followed() -> None:
@@ -152,6 +229,12 @@ def test_samples_that_mix_do_not_refute_one_another() -> None:
         (lambda: PICNN(3, 0), "PICNN.context"),
         (lambda: ICRNN(3, 0), "ICRNN.hidden"),
         (lambda: ICLSTM(3, 4, layers=0), "ICLSTM.layers"),
+        (lambda: FICNN(3, "ab"), "FICNN.hidden"),  # type: ignore[arg-type]
+        (lambda: FICNN(3, (4.5,)), "FICNN.hidden"),  # type: ignore[list-item,arg-type]
+        (lambda: FICNN(3.5, (4,)), "FICNN.inputs"),  # type: ignore[arg-type]
+        (lambda: ICRNN("3"), "ICRNN.inputs"),  # type: ignore[arg-type]
+        (lambda: ICLRNN(3, layers=1.5), "ICLRNN.layers"),  # type: ignore[arg-type]
+        (lambda: ICRNN(3, doubled="no"), "ICRNN.doubled"),  # type: ignore[arg-type]
     ],
 )
 def test_a_net_without_units_is_an_error(build: Callable[[], nn.Module], where: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from torch_otprune.errors import CalibrationError, RepairError
 from torch_otprune.repair.convex import LOSSES, ConvexHead, Program, solve
 from torch_otprune.repair.convex.program import Pair, answers, objective
 from torch_otprune.repair.convex.robust import robust_objective, toughen
+from torch_otprune.repair.convex.seen import Seen
 
 NAMES = sorted(LOSSES)
 
@@ -76,6 +80,31 @@ def test_the_bound_is_below_the_least_value_that_another_solver_finds(name: str)
     assert found.bound <= other * (1 + 1e-5)
     assert found.bound >= other * (0.999 if name != "hinge" else 0.9)
     assert found.objective <= other * (1.005 if name != "hinge" else 1.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_idle_slopes_are_slopes_of_the_best_constant(name: Any) -> None:
+    program = problem(name)
+    loss, target, share = program.loss, program.target, program.target.mean(0)
+    best = {"squared": share, "logistic": share.log(), "hinge": 0 * share}[name].expand_as(target)
+    both = loss.each(best, target) + loss.conjugate(loss.idle(target), target)
+    torch.testing.assert_close(both, (loss.idle(target) * best).sum(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_penalty_below_the_one_that_leaves_no_unit_leaves_some(name: Any) -> None:
+    x, y = data(name, rows=80)
+    made = ConvexHead(loss=name, penalty=0.3, patterns=16, rounds=100).fit(x, y)
+    assert made.units > 0
+    assert made.objective < ConvexHead(loss=name, penalty=0.99, rounds=20).fit(x, y).objective
+
+
+def test_a_pair_without_units_is_a_module_and_no_warning(recwarn: Any) -> None:
+    x, y = data("hinge")
+    made = ConvexHead(loss="hinge", penalty=0.999, patterns=0, rounds=40).fit(x, y)
+    assert made.units == 0
+    assert made.to_module()(x.float()).shape == (60, 2)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -214,14 +243,174 @@ def test_labels_and_radii_are_judged_on_rows_held_out(settings: dict[str, Any]) 
 
 def test_a_net_without_a_rectified_pair_is_left_alone_and_says_so() -> None:
     [note] = pruned(batches(), nn.Tanh()).repairs
-    assert not note.accepted and "only a ReLU between them" in note.note
+    assert not note.accepted and "what lies between them is a tanh and no ReLU" in note.note
 
 
 def test_a_named_pair_without_a_rectifier_is_refused() -> None:
     with pytest.raises(RepairError) as caught:
         pruned(batches(), nn.Tanh(), pair=("0", "2"))
-    assert "what lies between them is no ReLU" in caught.value.problem
+    assert "what lies between them is a tanh and no ReLU" in caught.value.problem
     assert caught.value.fix.startswith("name two nn.Linear")
+
+
+LABELS = {
+    "it has no class 5": ({}, [(x, 5 + 0 * y) for x, y in batches(labels=True)], "from 5 to 5"),
+    "negative": ({}, [(x, y - 100) for x, y in batches(labels=True)], "from -100 to -99"),
+    "too few": ({}, [(x, y[:-1]) for x, y in batches(labels=True)], "not one for each of 96 rows"),
+    "no numbers": ({}, [(x, y.float()) for x, y in batches(labels=True)], "the batches hold none"),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_labels_that_do_not_fit_are_refused(case: str) -> None:
+    settings, given, words = LABELS[case]
+    with pytest.raises(CalibrationError) as caught:
+        pruned(given, loss="logistic", **settings)
+    assert "needs one label per row, below 3" in caught.value.problem
+    assert words in caught.value.problem
+    assert "'2'" in (caught.value.where or "") and caught.value.fix
+
+
+@pytest.mark.parametrize("labels", ["given", "dense"])
+def test_one_output_has_no_classes(labels: str) -> None:
+    rule = otp.Channels(
+        keep="50%", repair={"kind": "convex_refit", "loss": "hinge", "labels": labels}
+    )
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1)).eval()
+    with pytest.raises(RepairError) as caught:
+        otp.prune_(model, otp.Policy(rules=[rule]), batches(labels=True), timing=0)
+    assert "needs one output per class, and '2' has 1" in caught.value.problem
+    assert "loss='squared'" in caught.value.fix
+
+
+def test_labels_are_not_about_a_pair_inside_of_the_model() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [m for a, b in ((6, 16), (16, 8)) for m in (nn.Linear(a, b), nn.ReLU())]
+        model = nn.Sequential(*layers, nn.Linear(8, 3)).eval()
+    repair = {"kind": "convex_refit", "loss": "hinge", "pair": ("0", "2")}
+    rule = otp.Channels(keep="50%", repair=repair)
+    with pytest.raises(CalibrationError) as caught:
+        otp.prune_(model, otp.Policy(rules=[rule]), batches(labels=True), timing=0)
+    assert "'2' does not write the model's answer" in caught.value.problem
+    assert "loss='squared'" in caught.value.fix
+
+
+def test_labels_of_tokens_are_read_by_name() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            return self.down(self.up(x).relu())
+
+    tokens = drawn(12, 8, 6).float()
+    given = [{"x": tokens, "labels": (tokens[..., 0] > 0).long()}]
+    rule = otp.Channels(keep="50%", repair={"kind": "convex_refit", "loss": "hinge", "rounds": 20})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        report = otp.prune_(Tagger().eval(), otp.Policy(rules=[rule]), given, timing=0)
+    assert report.repairs[0].accepted
+
+
+@pytest.mark.parametrize("middle", [nn.ReLU6(), nn.LeakyReLU()])
+def test_a_pair_that_is_passed_over_is_named_with_the_reason(middle: nn.Module) -> None:
+    [note] = pruned(batches(), middle).repairs
+    assert not note.accepted
+    kind = type(middle).__name__.lower()
+    assert f"'0' and '2': what lies between them is a {kind} and no ReLU" in note.note
+
+
+@pytest.mark.parametrize("pair", [None, ("0", "2")])
+def test_a_program_too_large_for_memory_is_not_started(monkeypatch: Any, pair: Any) -> None:
+    monkeypatch.setattr("torch_otprune.repair.convex_refit._ROOM", 1000)
+    if pair is None:
+        [note] = pruned(batches()).repairs
+        assert not note.accepted
+        assert "the program would hold" in note.note and "lower `samples`" in note.note
+        return
+    with pytest.raises(CalibrationError) as caught:
+        pruned(batches(), pair=pair)
+    assert "GiB" in caught.value.problem and "lower `samples`" in caught.value.fix
+
+
+@pytest.mark.parametrize("between", ["pairs", "laws"])
+def test_a_shift_of_all_rows_is_the_radius(between: Any) -> None:
+    home, by = drawn(50, 3), torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
+    moved = Seen(home + by, home, home, None).moved(0.9, between)
+    torch.testing.assert_close(moved, by)
+
+
+def test_rows_that_change_places_move_no_law() -> None:
+    home = drawn(50, 3)
+    both = Seen(home.flip(0), home, home, None)
+    assert float(both.moved(1.0, "laws").max()) == 0
+    assert float(both.moved(1.0, "pairs").min()) > 0.5
+
+
+def test_the_farthest_move_of_the_laws_is_their_distance_of_infinite_order() -> None:
+    """No coupling has a smaller farthest move than that by rank (checked over all of six rows)."""
+    home, small = drawn(6, 1), drawn(6, 1, seed=1)
+    least = min(
+        float((small[list(order)] - home).abs().max()) for order in itertools.permutations(range(6))
+    )
+    assert float(Seen(small, home, home, None).moved(1.0, "laws")) == pytest.approx(least)
+
+
+def test_the_note_tells_the_radii_and_laws_move_less_than_pairs() -> None:
+    found = {}
+    for between in ("pairs", "laws"):
+        rule = otp.Channels(
+            keep="50%",
+            repair={"kind": "convex_refit", "rounds": 20, "robust": 1.0, "radii": between},
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            deep = nn.Sequential(
+                *(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()),
+                *(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)),
+            ).eval()
+        [note] = otp.prune_(deep, otp.Policy(rules=[rule]), batches(), timing=0).repairs
+        found[between] = float(re.search(r"median ([\d.e-]+),", note.note)[1])  # type: ignore[index]
+    assert 0 < found["laws"] < found["pairs"]
+
+
+def test_it_can_be_undone_saved_and_read_back(tmp_path: Path) -> None:
+    model, x = net(), torch.cat(batches())
+    before, policy = (
+        copy.deepcopy(model.state_dict()),
+        otp.Policy(rules=[otp.Channels(keep="50%", repair={"kind": "convex_refit", "rounds": 20})]),
+    )
+    assert otp.Policy.from_yaml(policy.to_yaml()) == policy
+    report = otp.prune_(model, policy, batches(), timing=0)
+    assert otp.Plan.model_validate_json(report.plan.model_dump_json()) == report.plan
+    answer = model(x)
+    otp.save(model, tmp_path / "small")
+    assert torch.equal(otp.load(tmp_path / "small", factory=net)(x), answer)
+    report.undo_()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_how_rows_come_in_batches_does_not_matter() -> None:
+    rows, made = torch.cat(batches()), []
+    for parts in (rows.split(32), rows.split(41)):
+        model = net()
+        repair = {"kind": "convex_refit", "rounds": 20, "patterns": 8}
+        policy = otp.Policy(rules=[otp.Channels(keep="50%", repair=repair)])
+        otp.prune_(model, policy, list(parts), timing=0)
+        made.append(model(rows))
+    torch.testing.assert_close(*made, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_refitted_in_float64_and_cast_back(dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    repair = {"kind": "convex_refit", "rounds": 20, "patterns": 8}
+    policy = otp.Policy(rules=[otp.Channels(keep="50%", repair=repair)])
+    report = otp.prune_(model, policy, [b.to(dtype) for b in batches()], timing=0)
+    assert report.repairs[0].accepted
+    assert all(p.dtype == dtype for p in model.parameters())
 
 
 def test_hinge_without_labels_is_refused() -> None:

@@ -617,3 +617,27 @@ def test_one_budget_trades_experts_heads_and_channels_of_a_language_model(kind: 
         assert layer.mlp.experts.gate_up_proj.shape[0] == kept
     report.undo_()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Listed(nn.Module):
+    """As many layers in a list as there are classes behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x).softmax(-1)
+
+
+def test_a_classifier_of_as_many_classes_as_there_are_layers_is_no_router() -> None:
+    graph = trace(Listed(), torch.randn(4, WIDTH))
+    assert not any(one.kind == "experts" for one in (*graph.groups, *graph.blocked))
+    rule = otp.Channels(keep="50%", repair="least_squares")
+    report = otp.prune_(
+        Listed().eval(), otp.Policy(rules=[rule]), [torch.randn(64, WIDTH)], timing=0
+    )
+    assert any(note.accepted for note in report.repairs)

@@ -60,7 +60,10 @@ def test_a_policy_says_what_it_preserves_and_reads_it_back() -> None:
     assert policy("none", {"lipschitz": 3}).preserve == (Lipschitz(lipschitz=3.0),)
 
 
-@pytest.mark.parametrize("wrong", ["konvex", ["convex", 3], 7, {"lipshitz": 2.0}, {}])
+@pytest.mark.parametrize(
+    "wrong",
+    ["konvex", ["convex", 3], 7, {"lipshitz": 2.0}, {}, None, b"convex", torch.tensor(2.0)],
+)
 def test_what_cannot_be_preserved_is_refused(wrong: Any) -> None:
     with pytest.raises(PolicyError) as caught:
         policy("none", wrong)
@@ -69,7 +72,7 @@ def test_what_cannot_be_preserved_is_refused(wrong: Any) -> None:
     assert "{'lipschitz': 2.0}" in caught.value.fix
 
 
-@pytest.mark.parametrize("bound", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("bound", [0.0, -1.0, float("inf"), float("nan"), True, "2", None])
 def test_a_bound_that_is_none_is_refused(bound: float) -> None:
     with pytest.raises(PolicyError, match="lipschitz"):
         policy("none", {"lipschitz": bound})

@@ -428,6 +428,10 @@ def test_it_prints_every_layer_and_what_it_rests_on(tmp_path: Path) -> None:
     assert json.loads(found.model_dump_json())["layers"][0]["running"][0] == 0
 
 
+def test_one_pattern_to_ignore_is_a_pattern_and_no_list_of_letters() -> None:
+    assert [x.name for x in otp.folds(mlp(), [draw(9, 6)], ignore="3").layers] == ["1", "5", "7"]
+
+
 def test_smooth_activations_are_named_beside_the_others() -> None:
     net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 4), nn.GELU()).double()
     found = otp.folds(net, [draw(30, 6)])
@@ -436,6 +440,15 @@ def test_smooth_activations_are_named_beside_the_others() -> None:
 
 
 # refusals
+
+
+def broken() -> nn.Sequential:
+    """Draw a network that computes NaN in its second layer."""
+    net = mlp()
+    with torch.no_grad():
+        net[2].weight[0, 0] = math.nan
+    return net
+
 
 GELU = nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2))
 
@@ -469,6 +482,23 @@ class Words(nn.Module):
             lambda: otp.folds(mlp(), [draw(9, 6)], ends=draw(8, 6)),
             "9 starts and 8 ends",
             "one end per sample",
+        ),
+        (lambda: otp.folds(mlp(), draw(9, 6)), "batches is a tensor", "a list of batches"),
+        (lambda: otp.folds(mlp(), [draw(9, 6)], steps=8.0), "8.0 steps", "even number"),
+        (lambda: otp.folds(mlp(), [draw(9, 6)], bits=0), "0 bits watch nothing", "whole number"),
+        (lambda: otp.folds(mlp(), [draw(9, 6)], paths=2.5), "2.5 paths", "at least one path"),
+        (lambda: otp.folds(mlp(), [draw(9, 6)], ignore="9.x"), "'9.x' matches no", "module path"),
+        (lambda: otp.folds(mlp(), [draw(9, 6) / 0]), "are NaN or infinite", "clean the data"),
+        (
+            lambda: otp.folds(mlp(), [draw(9, 6)], ends=draw(9, 6) * math.nan),
+            "are NaN or infinite",
+            "clean the data",
+        ),
+        (lambda: otp.folds(broken(), [draw(9, 6)]), "'3' reads NaN", "in the weights"),
+        (
+            lambda: otp.folds(mlp(), [torch.ones(9, 6).double()]),
+            "paths end where they start",
+            "samples that differ",
         ),
         (
             lambda: otp.folds(Words(), [torch.randint(9, (8, 5))]),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_otprune.certify.facts import Facts
 from torch_otprune.structure.forward import flat_tensors, map_tensors
 
-__all__ = ["SHAPES", "Context"]
+__all__ = ["SHAPES", "Context", "parts_of", "tensors_of"]
 
 # Functions that only move elements, or copy them.
 SHAPES = frozenset({
@@ -22,6 +22,35 @@ SHAPES = frozenset({
     "select", "index_select", "getitem", "movedim", "moveaxis", "roll", "flip", "tile", "get",
     "broadcast_to", "view_as", "reshape_as", "hstack", "vstack", "repeat_interleave", "iter",
 })  # fmt: skip
+
+_JOINS = frozenset({"cat", "concat", "stack", "hstack", "vstack"})
+
+
+def parts_of(index: Any) -> list[Tensor]:
+    """List the tensors that bound slices.
+
+    Args:
+        index: what stands between square brackets.
+
+    Returns:
+        the tensors.
+    """
+    entries = index if isinstance(index, (tuple, list)) else (index,)
+    slices = [e for e in entries if isinstance(e, slice)]
+    return flat_tensors([(s.start, s.stop, s.step) for s in slices])
+
+
+def tensors_of(args: Any, kwargs: Any) -> list[Tensor]:
+    """List all tensors that a call is given, bounds of slices included.
+
+    Args:
+        args: by position.
+        kwargs: by name.
+
+    Returns:
+        the tensors, in order.
+    """
+    return flat_tensors([args, list(kwargs.values())]) + [t for a in args for t in parts_of(a)]
 
 
 @dataclass
@@ -48,9 +77,11 @@ class Context:
 
     def reshaped(self, args: Any, kwargs: Any) -> list[Facts] | None:
         """Carry every fact through a function that only moves elements."""
-        given = flat_tensors([args, list(kwargs.values())])
-        if any(not t.is_floating_point() and not self.facts(t).fixed for t in given):
+        given, whole = flat_tensors([args, list(kwargs.values())]), tensors_of(args, kwargs)
+        if any(not t.is_floating_point() and not self.facts(t).fixed for t in whole):
             return None  # an index that depends on the input
+        if self.function.__name__ in _JOINS and not all(t.is_floating_point() for t in given):
+            return None  # whole numbers that are values, not indices
         if any(isinstance(v, torch.dtype) for v in (*args, *kwargs.values())):
             return None  # `view` reads the same bits as other numbers
 

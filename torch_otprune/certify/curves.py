@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,76 +39,85 @@ class Curve(NamedTuple):
     half: bool = False
 
 
-def _fixed(*values: Any, **flags: bool) -> Callable[..., Curve]:
-    return lambda *args, **kwargs: Curve(*values, **flags)
+_Made = Callable[..., Curve | None]
 
 
-def _leaky(*args: Any, **kwargs: Any) -> Curve:
-    slope = float(kwargs.get("negative_slope", args[0] if args else 0.01))
+class _Spelt(NamedTuple):
+    """A curve and the names of its settings, in order."""
+
+    made: _Made
+    names: tuple[str, ...] = ()
+
+    def said(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Read the settings by name; None where there are others, which are not understood."""
+        more = args[len(self.names) :]  # at most whether it works in place
+        if len(more) > 1 or not all(isinstance(value, bool) for value in more):
+            return None
+        found = dict(zip(self.names, args, strict=False)) | dict(kwargs)
+        return found if found.keys() <= set(self.names) else None
+
+
+def _fixed(*values: Any, names: tuple[str, ...] = (), **flags: bool) -> _Spelt:
+    return _Spelt(lambda **_: Curve(*values, **flags), names)
+
+
+def _leaky(negative_slope: float = 0.01) -> Curve:
+    slope = float(negative_slope)
     return Curve(slope <= 1, slope >= 1, min(slope, 1.0), max(slope, 1.0), pos=slope <= 0)
 
 
-def _elu(*args: Any, **kwargs: Any) -> Curve:
-    alpha = float(kwargs.get("alpha", args[0] if args else 1.0))
+def _elu(alpha: float = 1.0) -> Curve:
+    alpha = float(alpha)
     return Curve(0 <= alpha <= 1, False, min(0.0, alpha), max(1.0, alpha), pos=alpha <= 0)
 
 
-def _celu(*args: Any, **kwargs: Any) -> Curve | None:
-    alpha = float(kwargs.get("alpha", args[0] if args else 1.0))
+def _celu(alpha: float = 1.0) -> Curve | None:
     return Curve(True, False, 0.0, 1.0) if alpha > 0 else None
 
 
-def _softplus(*args: Any, **kwargs: Any) -> Curve | None:
-    said = dict(zip(("beta", "threshold"), args, strict=False)) | kwargs
-    if said.get("beta", 1) <= 0 or said.get("threshold", _SWITCH) < _SWITCH:
+def _softplus(beta: float = 1.0, threshold: float = _SWITCH) -> Curve | None:
+    if beta <= 0 or threshold < _SWITCH:
         return None  # concave, or it jumps where it becomes a line
     return Curve(True, False, 0.0, 1.0, pos=True)
 
 
-def _clamp(*args: Any, **kwargs: Any) -> Curve:
-    low = kwargs.get("min", args[0] if args else None)
-    high = kwargs.get("max", args[1] if len(args) > 1 else None)
-    pos = low is not None and low >= 0 and (high is None or high >= 0)
-    return Curve(high is None, low is None, 0.0, 1.0, pos=pos)
+def _clamp(min: float | None = None, max: float | None = None) -> Curve:
+    pos = min is not None and min >= 0 and (max is None or max >= 0)
+    return Curve(max is None, min is None, 0.0, 1.0, pos=pos)
 
 
-def _least(*args: Any, **kwargs: Any) -> Curve:
-    return _clamp(kwargs.get("min", args[0] if args else None))
+def _square() -> Curve:
+    return Curve(True, False, -UNBOUNDED, UNBOUNDED, pos=True, even=True)
 
 
-def _most(*args: Any, **kwargs: Any) -> Curve:
-    return _clamp(None, kwargs.get("max", args[0] if args else None))
+def _power(exponent: Any = None) -> Curve | None:
+    return _square() if exponent == 2 else None
 
 
-def _power(*args: Any, **kwargs: Any) -> Curve | None:
-    exponent = kwargs.get("exponent", args[0] if args else None)
-    return CURVES["square"]() if exponent == 2 else None
-
-
-CURVES: dict[str, Callable[..., Curve | None]] = {
+CURVES: dict[str, _Spelt] = {
     "relu": _fixed(True, False, 0.0, 1.0, pos=True),
-    "softplus": _softplus,
-    "celu": _celu,
-    "leaky_relu": _leaky,
-    "elu": _elu,
+    "softplus": _Spelt(_softplus, ("beta", "threshold")),
+    "celu": _Spelt(_celu, ("alpha",)),
+    "leaky_relu": _Spelt(_leaky, ("negative_slope",)),
+    "elu": _Spelt(_elu, ("alpha",)),
     "exp": _fixed(True, False, 0.0, UNBOUNDED, pos=True, logs=True),
     "abs": _fixed(True, False, -1.0, 1.0, pos=True, even=True),
-    "square": _fixed(True, False, -UNBOUNDED, UNBOUNDED, pos=True, even=True),
-    "pow": _power,
-    "clamp": _clamp,
-    "clamp_min": _least,
-    "clamp_max": _most,
+    "square": _Spelt(_square),
+    "pow": _Spelt(_power, ("exponent",)),
+    "clamp": _Spelt(_clamp, ("min", "max")),
+    "clamp_min": _Spelt(_clamp, ("min",)),
+    "clamp_max": _Spelt(lambda max=None: _clamp(max=max), ("max",)),
     "log": _fixed(False, True, 0.0, UNBOUNDED, half=True),
     "sqrt": _fixed(False, True, 0.0, UNBOUNDED, pos=True, half=True),
     "logsigmoid": _fixed(False, True, 0.0, 1.0),
     "sigmoid": _fixed(False, False, 0.0, 0.25, pos=True),
     "tanh": _fixed(False, False, 0.0, 1.0),
-    "hardtanh": _fixed(False, False, 0.0, 1.0),
+    "hardtanh": _fixed(False, False, 0.0, 1.0, names=("min_val", "max_val")),
     "relu6": _fixed(False, False, 0.0, 1.0, pos=True),
     "hardsigmoid": _fixed(False, False, 0.0, 0.25, pos=True),
     "softsign": _fixed(False, False, 0.0, 1.0),
     "selu": _fixed(False, False, 0.0, 1.7581),
-    "gelu": _fixed(False, False, -0.13, 1.13),
+    "gelu": _fixed(False, False, -0.13, 1.13, names=("approximate",)),
     "silu": _fixed(False, False, -0.1, 1.1),
     "mish": _fixed(False, False, -0.12, 1.1),
     "hardswish": _fixed(False, False, -0.5, 1.5),
@@ -131,7 +140,8 @@ def apply_curve(name: str, f: Facts, inputs: int, *settings: Any, **named: Any) 
     """
     if any(isinstance(value, Tensor) for value in (*settings, *named.values())):
         return None  # its value here need not be that of the next call
-    curve = CURVES[name](*settings, **named)
+    said = CURVES[name].said(settings, named)
+    curve = None if said is None else CURVES[name].made(**said)
     if curve is None or (curve.half and not bool(f.pos.all())):
         return None
     rising = torch.full_like(f.cvx, curve.low >= 0) | (f.pos if curve.even else False)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from torch_otprune.certify.inputs import asked, ran
 from torch_otprune.certify.result import Kind, Violation
+from torch_otprune.errors import OTPruneError
+from torch_otprune.structure.forward import (
+    Call,
+    called,
+    first_line,
+    flat_tensors,
+    head,
+    map_tensors,
+)
 
-__all__ = ["Search", "violation"]
+__all__ = ["Looked", "Search", "looked"]
 
 _CHUNK = 1024  # pairs run at a time
 _CLIMBED = 64  # pairs that gradient ascent starts from
 _ROUNDING = 1e-9  # of the outputs' size, in float64
+_TINY = 1e-13  # outputs that cancel leave this much of nothing
+_NEAR = "inputs near the example, in float64"
 _SCALES = (0.1, 1.0, 5.0)
 
 
@@ -31,6 +45,34 @@ class Search:
     pairs: int = 20_000
     steps: int = 200
     seed: int = 0
+
+
+Looked = tuple[Violation | None, int] | str
+"""The worst violation and how many pairs were tried, or why none could be."""
+
+
+def looked(
+    model: nn.Module, batch: Any, wrt: int | str, *, kinds: Sequence[Kind], search: Search
+) -> dict[Kind, Looked]:
+    """Look for violations of what is not proved.
+
+    Args:
+        model: any module.
+        batch: the example; its samples tell where to look.
+        wrt: the input that is asked about.
+        kinds: what is not proved.
+        search: how long.
+
+    Returns:
+        what was found of each.
+    """
+    if not kinds:
+        return {}
+    try:
+        run, around = _runner(model, batch, wrt)
+        return {kind: violation(run, around, kind, search) for kind in kinds}
+    except (OTPruneError, RuntimeError, TypeError) as error:  # or it cannot be copied
+        return dict.fromkeys(kinds, first_line(error).rstrip("."))
 
 
 def violation(
@@ -104,7 +146,7 @@ def _margin(run: Callable[[Tensor], Tensor], a: Tensor, b: Tensor, kind: Kind) -
     """Measure the worst output's violation per pair, relative to the outputs; rounding is none."""
     found, allowed = _sides(run, a, b, kind)
     size = found.abs() + allowed.abs()
-    margin = (found - allowed) / size.clamp_min(1e-12) - _ROUNDING
+    margin = (found - allowed - _TINY) / size.clamp_min(1e-12) - _ROUNDING
     return margin.nan_to_num(nan=-1.0).amax(1)
 
 
@@ -146,3 +188,50 @@ def _worded(
         allowed=float(allowed[0, at]),
         share=share,
     )
+
+
+def _runner(
+    model: nn.Module, batch: Any, wrt: int | str
+) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Prepare to run a copy in float64 on many inputs at once."""
+    twin = copy.deepcopy(model).double().eval()
+    call = called(model, batch)
+    near = asked(call, wrt)
+    one = called(model, head(batch, 1))
+    place = next(
+        i for i, t in enumerate(flat_tensors([one.args, one.kwargs])) if t is asked(one, wrt)
+    )
+
+    def run(x: Tensor) -> Tensor:
+        count = iter(range(10**6))
+
+        def fill(t: Tensor) -> Tensor:
+            if next(count) == place:
+                return x.clone()  # forward may write it
+            t = t.double() if t.is_floating_point() else t
+            wide = t.expand(len(x), *t.shape[1:]) if t.dim() and len(t) == 1 else t
+            return wide.clone()
+
+        args, kwargs = map_tensors([one.args, one.kwargs], fill)
+        out = [
+            t for t in flat_tensors(ran(twin, Call(args, kwargs), _NEAR)) if t.is_floating_point()
+        ]
+        if len(x) > 1 and not all(t.dim() and len(t) == len(x) for t in out):
+            return alone(x)
+        return torch.cat([t.reshape(len(x), -1) for t in out], 1)
+
+    def alone(x: Tensor) -> Tensor:
+        return torch.cat([run(row) for row in x.split(1)])
+
+    values = near.detach().double()
+    return (alone if _mixes(run, alone, values[:1]) else run), values.cpu()
+
+
+_Run = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def _mixes(run: _Run, alone: _Run, row: Tensor) -> bool:
+    """Tell whether one sample changes what is said of another, as a mean over the batch does."""
+    rows = torch.cat([row, 2 * row + 1, 1 - row])
+    return not torch.allclose(run(rows), alone(rows), rtol=1e-7, atol=1e-12, equal_nan=True)

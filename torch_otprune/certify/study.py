@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.certify.facts import Facts, all_of, constant, outside, seed
+from torch_otprune.certify.inputs import asked, check_numbers, counts, example_of, ran
 from torch_otprune.certify.interpret import Follower, Loss, Trail, following
 from torch_otprune.certify.result import Certificate, Finding, Kind, Reason, Violation
-from torch_otprune.certify.search import Search, violation
+from torch_otprune.certify.search import Looked, Search, looked
 from torch_otprune.errors import StructureError
-from torch_otprune.nn.convex import InputConvex
 from torch_otprune.structure.forward import (
     Call,
     called,
@@ -23,6 +22,7 @@ from torch_otprune.structure.forward import (
     flat_tensors,
     head,
     map_tensors,
+    outside_inference,
 )
 
 __all__ = ["Study", "certify", "study"]
@@ -65,11 +65,10 @@ class Study:
 
     def reasons(self, kind: Kind) -> tuple[Reason, ...]:
         """Say where a property was lost."""
-        leaks = [
-            Loss(path, kind, "forward reads values, so another input may take another way")
-            for path in dict.fromkeys(self.trail.leaks)
-        ]
+        leaks = [Loss(path, kind, text) for path, text in self.trail.leaks.items()]
         lost = [loss for loss in self.trail.losses if loss.what == kind]
+        if not (leaks or lost or self.holds(kind)):
+            lost = [Loss("", kind, "what comes out of compiled or foreign code is not followed")]
         return tuple(Reason(module=loss.module, text=loss.text) for loss in leaks + lost)
 
 
@@ -104,32 +103,29 @@ def certify(
         the certificate.
 
     Raises:
-        StructureError: if there is no such input, or none at all; if the input or the weights are
-            no numbers; if nothing comes out that could be asked about.
+        StructureError: if it is no module or does not run on the example; if there is no such
+            input, or none at all; if the input or the weights are no numbers; if nothing comes out
+            that could be asked about; if the search has no such length.
 
     Source: Amos et al. 2017 for the conditions, Grant, Boyd & Ye 2006 (disciplined convex
     programming) for following them; the bound from interval slopes and the rules for log-convex
     signals and for products of functions of one scalar are ours.
 
-    Limits: sequences longer than the example's are not spoken for. Where slopes would take more
-    than 2 GiB the bound is left out. A search that finds nothing proves nothing.
+    Limits: sequences longer than the example's are not spoken for, nor is rounding. Where slopes
+    would take more than 2 GiB the bound is left out. A search that finds nothing proves nothing.
+    An error that forward raises and catches itself is not seen as another way that it takes.
 
     Example:
         >>> from torch_otprune.nn import FICNN
         >>> certify(FICNN(2, (4,))).convex.how
         'structural'
     """
-    if min(pairs, steps) < 0:
-        raise StructureError(
-            f"{pairs} pairs and {steps} steps cannot be tried.",
-            where="certify(pairs=..., steps=...)",
-            fix="give numbers from 0 on.",
-        )
-    batch = _example(model, example)
+    search = Search(**counts(pairs=pairs, steps=steps, seed=seed))
+    batch = example_of(model, example)
     found = study(model, batch, wrt=wrt)
-    around = _runner(model, batch, wrt)
-    search = Search(pairs, steps, seed)
-    convex, monotone = (_finding(found, kind, around, search) for kind in _SEARCHED)
+    open_ = [kind for kind in _SEARCHED if not found.holds(kind)]
+    seen = looked(model, batch, wrt, kinds=open_, search=search)
+    convex, monotone = (_finding(found, kind, seen.get(kind, ""), steps) for kind in _SEARCHED)
     bound = found.bound
     name = repr(wrt) if isinstance(wrt, str) else f"input {wrt}"
     shape = " x ".join(map(str, found.shape))
@@ -168,54 +164,65 @@ def study(model: nn.Module, batch: Any, *, wrt: int | str = 0) -> Study:
         what was found.
 
     Raises:
-        StructureError: if there is no such input, or it or the weights are no numbers.
+        StructureError: if there is no such input, if it or the weights are no numbers, or if the
+            model does not run on it.
     """
     call = called(model, head(batch, 1))
-    asked = _asked(call, wrt)
-    if not asked.numel() or not bool(asked.isfinite().all()):
+    value = asked(call, wrt)
+    if not value.numel() or value.is_meta or not bool(value.isfinite().all()):
         raise StructureError(
-            "the example is empty, or holds what is not a finite number.",
-            where=f"certify(example), {tuple(asked.shape)}",
+            "the example is empty, has no values, or holds what is not a finite number.",
+            where=f"certify(example), {tuple(value.shape)}",
             fix="give at least one sample of finite numbers.",
         )
-    if asked.numel() > _FEW:
-        coarse, numbers = _followed(model, call, asked, hull=True)
-        if 2 * numbers * asked.numel() > _LARGE:
+    if value.numel() > _FEW:
+        coarse, numbers = _followed(model, call, wrt, hull=True)
+        if 2 * numbers * value.numel() > _LARGE:
             return coarse
-    return _followed(model, call, asked, hull=False)[0]
+    return _followed(model, call, wrt, hull=False)[0]
 
 
-def _followed(model: nn.Module, call: Call, asked: Tensor, *, hull: bool) -> tuple[Study, int]:
+def _followed(model: nn.Module, call: Call, wrt: int | str, *, hull: bool) -> tuple[Study, int]:
     """Follow the pass; count the numbers that slopes were kept for, too."""
     tensors = [*model.named_parameters(), *model.named_buffers(), *_loose(model)]
-    _numbers(tensors)
-    known = [(t, constant(t)) for _, t in tensors]
-    known += [(t, outside(t)) for t in flat_tensors([call.args, call.kwargs]) if t is not asked]
-    known.append((asked, seed(asked, hull=hull)))
-    trail = Trail(1 if hull else asked.numel(), {id(t): name for name, t in tensors})
-    follower = Follower(trail, known)
-    with evaluating(model), torch.no_grad(), following(model, follower):
-        out = model(*call.args, **call.kwargs)
-    facts = [follower.facts(t) for t in flat_tensors(out) if t.is_floating_point()]
+    check_numbers(tensors)
+    with evaluating(model), outside_inference(), torch.no_grad():
+        own = map_tensors(call, torch.clone)  # each its own memory, which forward may write
+        value = asked(own, wrt)
+        known = [(t, constant(t)) for _, t in tensors]
+        known += [(t, outside(t)) for t in flat_tensors([own.args, own.kwargs]) if t is not value]
+        known.append((value, seed(value, hull=hull)))
+        trail = Trail(1 if hull else value.numel(), {id(t): name for name, t in tensors})
+        follower = Follower(trail, known)
+        state = random.getstate()
+        with following(model, follower):
+            out = ran(model, own)
+        facts = [follower.facts(t) for t in flat_tensors(out) if t.is_floating_point()]
+        if any(t.is_floating_point() and bool(t.isnan().any()) for t in flat_tensors(out)):
+            trail.leaks[""] = "what comes out for the example is not a number"
+        elif random.getstate() != state or not _again(model, call, out):
+            trail.leaks[""] = "another call on the same input may give another output"
     if not facts:
         raise StructureError(
             f"the model returns a {type(out).__name__} without floating-point numbers.",
             where="certify(model)",
             fix="wrap it in a module that returns the tensor that is asked about.",
         )
-    numbers = sum(t.numel() for t, f in follower.known.values() if f.lo is not None)
-    return Study(facts, trail, tuple(asked.shape[1:]), hull), numbers
+    numbers = sum(t.numel() for t, f, _ in follower.known.values() if f.lo is not None)
+    return Study(facts, trail, tuple(value.shape[1:]), hull), numbers
 
 
-def _numbers(tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Refuse a net that cannot compute anything."""
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            raise StructureError(
-                f"'{name}' has {int(tensor.isnan().sum())} entries that are not a number.",
-                where=f"'{name}', {tuple(tensor.shape)}",
-                fix="load or train the weights again: of such a net nothing can be said.",
-            )
+def _again(model: nn.Module, call: Call, out: Any) -> bool:
+    """Tell whether the same input gives the same numbers again, but for rounding."""
+    first, second = flat_tensors(out), flat_tensors(ran(model, map_tensors(call, torch.clone)))
+    return len(first) == len(second) and all(map(_alike, first, second))
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not a.is_floating_point():
+        return a.shape == b.shape and torch.equal(a, b)
+    near = 64 * torch.finfo(a.dtype).eps
+    return torch.allclose(a.double(), b.double(), rtol=near, atol=near)
 
 
 def _loose(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -228,46 +235,17 @@ def _loose(model: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _example(model: nn.Module, example: Any) -> Any:
-    if example is not None:
-        return example
-    if isinstance(model, InputConvex):
-        return model.example()
-    raise StructureError(
-        f"a {type(model).__name__} does not say what it takes.",
-        where="certify(model, example)",
-        fix="give an example, such as one calibration batch.",
-    )
-
-
-def _asked(call: Call, wrt: int | str) -> Tensor:
-    """Find the input that is asked about."""
-    values = list(call.args) + list(call.kwargs.values())
-    found = call.kwargs.get(wrt) if isinstance(wrt, str) else None
-    if isinstance(wrt, int) and 0 <= wrt < len(values):
-        found = values[wrt]
-    if not isinstance(found, Tensor) or not found.is_floating_point():
-        names = ", ".join([*map(str, range(len(call.args))), *call.kwargs])
-        raise StructureError(
-            f"{wrt!r} is no input of floating-point numbers.",
-            where=f"certify(wrt=...); inputs: {names}",
-            fix="name one of these, one that is a tensor of floating-point numbers.",
-        )
-    return found
-
-
-_Around = tuple[Callable[[Tensor], Tensor], Tensor]
-"""What maps inputs to outputs, and inputs to look around."""
-
-
-def _finding(found: Study, kind: Kind, around: _Around, search: Search) -> Finding:
+def _finding(found: Study, kind: Kind, looked: Looked, steps: int) -> Finding:
     if found.holds(kind):
         words = {"convex": "every operation keeps convexity", "monotone": "no slope is negative"}
         return Finding(kind=kind, how="structural", text=words[kind])
     reasons = found.reasons(kind)
-    worst, seen = violation(*around, kind, search)
+    if isinstance(looked, str):
+        text = f"not proved, and not tried: {looked}"
+        return Finding(kind=kind, how="empirical", text=text, reasons=reasons)
+    worst, seen = looked
     if worst is None:
-        text = f"not proved, and no violation among {seen} pairs and {search.steps} steps of ascent"
+        text = f"not proved, and no violation among {seen} pairs and {steps} steps of ascent"
         return Finding(kind=kind, how="empirical", text=text, reasons=reasons)
     return Finding(
         kind=kind, how="refused", text=_told(worst, kind), reasons=reasons, violation=worst
@@ -285,45 +263,3 @@ def _told(worst: Violation, kind: Kind) -> str:
         f"output {worst.output} falls from {worst.found:.4g} to {worst.allowed:.4g} where the "
         f"input rises ({share})"
     )
-
-
-def _runner(model: nn.Module, batch: Any, wrt: int | str) -> _Around:
-    """Prepare to run a copy in float64 on many inputs at once."""
-    twin = copy.deepcopy(model).double().eval()
-    call = called(model, batch)
-    asked = _asked(call, wrt)
-    one = called(model, head(batch, 1))
-    place = next(
-        i for i, t in enumerate(flat_tensors([one.args, one.kwargs])) if t is _asked(one, wrt)
-    )
-
-    def run(x: Tensor) -> Tensor:
-        count = iter(range(10**6))
-
-        def fill(t: Tensor) -> Tensor:
-            if next(count) == place:
-                return x
-            t = t.double() if t.is_floating_point() else t
-            return t.expand(len(x), *t.shape[1:]) if t.dim() and len(t) == 1 else t
-
-        args, kwargs = map_tensors([one.args, one.kwargs], fill)
-        out = [t for t in flat_tensors(twin(*args, **kwargs)) if t.is_floating_point()]
-        if len(x) > 1 and not all(t.dim() and len(t) == len(x) for t in out):
-            return alone(x)
-        return torch.cat([t.reshape(len(x), -1) for t in out], 1)
-
-    def alone(x: Tensor) -> Tensor:
-        return torch.cat([run(row) for row in x.split(1)])
-
-    values = asked.detach().double()
-    return (alone if _mixes(run, alone, values[:1]) else run), values.cpu()
-
-
-_Run = Callable[[Tensor], Tensor]
-
-
-@torch.no_grad()
-def _mixes(run: _Run, alone: _Run, row: Tensor) -> bool:
-    """Tell whether one sample changes what is said of another, as a mean over the batch does."""
-    rows = torch.cat([row, 2 * row + 1, 1 - row])
-    return not torch.allclose(run(rows), alone(rows), rtol=1e-7, atol=1e-12, equal_nan=True)

@@ -265,22 +265,26 @@ def check_sizes(where: str, **sizes: int) -> None:
         StructureError: naming the argument.
     """
     for name, size in sizes.items():
-        if size < 1:
+        if not _counts(size):
             raise StructureError(
-                f"{size} is no number of {name}.",
+                f"{size!r} is no number of {name}.",
                 where=f"{where}.{name}",
-                fix="give at least 1.",
+                fix="give a whole number, at least 1.",
             )
 
 
 def _widths(hidden: Sequence[int], where: str) -> tuple[int, ...]:
-    if not isinstance(hidden, Sequence) or not hidden or min(hidden) < 1:
+    if not isinstance(hidden, Sequence) or not hidden or not all(map(_counts, hidden)):
         raise StructureError(
             f"{hidden} is no list of widths.",
             where=where,
             fix="give at least one positive width.",
         )
     return tuple(hidden)
+
+
+def _counts(size: object) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size >= 1
 
 
 def _zeros(net: nn.Module, *shape: int) -> Tensor:

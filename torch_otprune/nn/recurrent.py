@@ -57,11 +57,25 @@ class _Sequence(InputConvex):
             said = cell(said)
         return ACTIVATIONS[self.activation](self.out(torch.stack(said, 1)))
 
-    def _start(self, inputs: int, doubled: bool, activation: str) -> int:
-        """Note what all have; return the width that the first layer reads."""
-        self.inputs, self.doubled = inputs, doubled
-        self.activation = check_activation(activation, f"{type(self).__name__}.activation")
-        return inputs * (1 + doubled)
+    def _build(
+        self, cell: type[nn.Module], *, sizes: dict[str, int], activation: str, doubled: bool,
+        skip: bool = False,
+    ) -> None:  # fmt: skip
+        """Make the layers; with a skip all are as wide as the input."""
+        where = type(self).__name__
+        check_sizes(where, **sizes)
+        if not isinstance(doubled, bool):
+            raise StructureError(
+                f"{doubled!r} is neither True nor False.",
+                where=f"{where}.doubled",
+                fix="say whether -x is read as well.",
+            )
+        self.inputs, hidden, layers = sizes["inputs"], sizes["hidden"], sizes["layers"]
+        self.doubled, self.activation = doubled, check_activation(activation, f"{where}.activation")
+        first = self.inputs * (1 + doubled)
+        later = first if skip else hidden
+        self.cells = nn.ModuleList(cell(into, hidden) for into in [first] + [later] * (layers - 1))
+        self.out = NonNegative(later, sizes["outputs"])
 
 
 class ICRNN(_Sequence):
@@ -93,13 +107,8 @@ class ICRNN(_Sequence):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        width = self._start(inputs, doubled, activation)
-        check_sizes(
-            type(self).__name__, inputs=inputs, hidden=hidden, outputs=outputs, layers=layers
-        )
-        wide = [width, *[hidden] * (layers - 1)]
-        self.cells = nn.ModuleList(_PlainCell(into, hidden) for into in wide)
-        self.out = NonNegative(hidden, outputs)
+        sizes = {"inputs": inputs, "hidden": hidden, "outputs": outputs, "layers": layers}
+        self._build(_PlainCell, sizes=sizes, activation=activation, doubled=doubled)
 
 
 class _PlainCell(nn.Module):
@@ -155,13 +164,8 @@ class ICLRNN(_Sequence):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        width = self._start(inputs, doubled, activation)
-        check_sizes(
-            type(self).__name__, inputs=inputs, hidden=hidden, outputs=outputs, layers=layers
-        )
-        wide = [width, *[hidden] * (layers - 1)]
-        self.cells = nn.ModuleList(_ShortCell(into, hidden) for into in wide)
-        self.out = NonNegative(hidden, outputs)
+        sizes = {"inputs": inputs, "hidden": hidden, "outputs": outputs, "layers": layers}
+        self._build(_ShortCell, sizes=sizes, activation=activation, doubled=doubled)
         self.project_()
 
     @torch.no_grad()
@@ -227,10 +231,6 @@ class ICLSTM(_Sequence):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        width = self._start(inputs, doubled, activation)
-        check_sizes(
-            type(self).__name__, inputs=inputs, hidden=hidden, outputs=outputs, layers=layers
-        )
         if gates not in ("relu", "exp"):
             raise StructureError(
                 f"{gates!r} is no kind of gate that keeps a net convex over a step.",
@@ -239,8 +239,8 @@ class ICLSTM(_Sequence):
             )
         self.kind = gates
         cell = _GatedCell if gates == "relu" else _LogCell
-        self.cells = nn.ModuleList(cell(width, hidden) for _ in range(layers))
-        self.out = NonNegative(width, outputs)
+        sizes = {"inputs": inputs, "hidden": hidden, "outputs": outputs, "layers": layers}
+        self._build(cell, sizes=sizes, activation=activation, doubled=doubled, skip=True)
 
 
 class _GatedCell(InputConvex):

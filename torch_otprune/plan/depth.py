@@ -197,14 +197,16 @@ def _candidates(case: Case, index: int, rule: Layers, blocks: Sequence[Block]) -
     if count == 0:  # nothing was watched for a rule that keeps all
         return [_candidate(index, rule, block, 0.0, (1,)) for block in blocks]
     chains = [case.observation.chain([b.name for b in run]) for run in runs(blocks)]
-    prices = criterion.price(chains, look=_look(case, blocks), count=count)
+    prices, notes = criterion.told(chains, look=_look(case, blocks), count=count)
     widths = _settled(prices, count)
     found = [
         _candidate(index, rule, block, prices[block.name], widths.get(block.name, (0, 1)))
         for block in blocks
     ]
-    untaught = UNTRAINED if criterion.learns else ""
-    return [replace(found[0], note=untaught), *found[1:]]
+    found = [replace(one, note=notes.get(one.name, "")) for one in found]
+    if criterion.learns:
+        found[0] = replace(found[0], note=UNTRAINED)
+    return found
 
 
 def _settled_by(index: int, rule: Layers, block: Block, learnt: Learnt) -> Candidate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -29,8 +29,11 @@ _FIX = "write 'convex', 'monotone', or a bound such as {'lipschitz': 2.0}."
 
 def _promises(value: object) -> object:
     """Read one as a list of one; say plainly what cannot be preserved."""
-    one = isinstance(value, (str, Mapping, Lipschitz))
-    entries = [value] if one or not isinstance(value, Iterable) else list(value)
+    one = isinstance(value, (str, bytes, Mapping, Lipschitz))
+    try:
+        entries = [value] if one else list(value)  # type: ignore[call-overload]
+    except TypeError:  # of one thing there is no list
+        entries = [value]
     for entry in entries:
         named = isinstance(entry, str) and entry in ("convex", "monotone")
         bound = isinstance(entry, Mapping) and [*entry] == ["lipschitz"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,14 +11,15 @@ from torch import Tensor, nn
 from torch_otprune.errors import CalibrationError, RepairError
 from torch_otprune.repair.base import Note, Patient, Repair, register
 from torch_otprune.repair.convex import LOSSES, ConvexHead, LossName, Refit
+from torch_otprune.repair.convex.seen import Seen, decides, look, tapped
 from torch_otprune.repair.lockstep import distance
-from torch_otprune.statistics.reduce import all_rows
-from torch_otprune.structure.forward import batch_size, evaluating, run
 from torch_otprune.surgery.cut import put_
 
 __all__ = ["ConvexRefit"]
 
 _SOFTER = (1.0, 0.1, 0.01)  # shares of the penalty, tried until the error does not rise
+_CLASSES = 2
+_ROOM = 2**31  # bytes of a program, at most
 
 
 @register
@@ -30,8 +29,10 @@ class ConvexRefit(Repair):
     The present units' activation patterns and random ones are the program's; a group penalty says
     which units carry weight. With `loss="squared"` the pair comes near the dense network's
     answers and no label is needed; `hinge` and `logistic` read labels. With `robust`, the worst
-    case over features that move as far as pruning moved them is lowered instead. The objective is
-    never above the present pair's, and a change that would increase the error is not made.
+    case over features that move as far as pruning moved them is lowered instead. How far that is,
+    channel by channel, `radii` says: row by row, or by the transport between the channel's laws
+    before and after. The objective is never above the present pair's, and a change that would
+    increase the error is not made.
 
     The pair keeps its shape, because the plan promised it: units that the penalty dropped are
     written as zeros. `ConvexHead` builds the pair as narrow as the penalty makes it.
@@ -55,10 +56,19 @@ class ConvexRefit(Repair):
         default=1e-3, gt=0, lt=1, description="share of the penalty that leaves no unit at all"
     )
     patterns: int = Field(default=64, ge=0, description="random units to choose from")
-    rounds: int = Field(default=200, ge=1, description="of the solver, per program")
+    rounds: int = Field(
+        default=200,
+        ge=1,
+        description="of the solver, per program, and steps towards the worst case",
+    )
     sweeps: int = Field(default=2, ge=1, description="programs, one around the other's units")
     robust: float | None = Field(
         default=None, gt=0, le=1, description="quantile of what pruning moved that radii cover"
+    )
+    radii: Literal["pairs", "laws"] = Field(
+        default="pairs",
+        description="of `robust`: how far each row moved, or how far the optimal transport between "
+        "a feature's laws moves it, whichever row it was",
     )
     samples: int = Field(default=4096, ge=2, description="rows at most")
 
@@ -69,8 +79,8 @@ class ConvexRefit(Repair):
 
     def apply_(self, patient: Patient) -> tuple[Note, ...]:
         """Find the pair, read both models, refit, and keep what does not harm."""
-        found = self._pairs(patient)
-        for hidden, output in reversed(found):
+        text = "no cut lies between two dense layers alone"
+        for hidden, output in reversed(self._pairs(patient)):
             if why := _objection(patient, hidden, output):
                 if self.pair is not None:
                     raise RepairError(
@@ -79,9 +89,9 @@ class ConvexRefit(Repair):
                         fix="name two nn.Linear with biases and only a ReLU between them, or "
                         "choose repair='least_squares'.",
                     )
+                text = f"no cut pair can be refitted; '{hidden}' and '{output}': {why}"
                 continue
             return (self._mend(patient, (hidden, output)),)
-        text = "no cut lies between two dense layers with biases and only a ReLU between them"
         return (Note(self.kind, "model", None, None, accepted=False, text=text),)
 
     def _pairs(self, patient: Patient) -> list[tuple[str, str]]:
@@ -97,21 +107,33 @@ class ConvexRefit(Repair):
         return sorted(found, key=lambda pair: order[pair[1]])
 
     def _mend(self, patient: Patient, pair: tuple[str, str]) -> Note:
-        seen = _seen(patient, pair)
-        if len(seen.inputs) <= seen.inputs.shape[1] + 1:
-            text = f"{len(seen.inputs)} rows cannot tell {seen.inputs.shape[1]} features apart"
-            if self.pair is None:
-                return Note(self.kind, pair[0], None, None, accepted=False, text=text)
-            raise CalibrationError(
-                f"{text}.",
-                where=f"repair convex_refit, pair {list(pair)}",
-                fix="pass more calibration data, at least two rows per feature.",
-            )
-        target = self._target(patient, seen)
+        seen = look(patient, pair)
         layers = tuple(patient.small.get_submodule(path) for path in pair)
-        return self._tried(patient, layers, (pair, seen, target))
+        rows, columns = seen.inputs.shape
+        text, fix = "", "pass more calibration data, at least two rows per feature."
+        if rows <= columns + 1:
+            text = f"{rows} rows cannot tell {columns} features apart"
+        elif (size := self._size(seen, patient.width(pair[0]))) > _ROOM:
+            text = f"the program would hold {size / 2**30:.1f} GiB"
+            fix = "lower `samples` or `patterns`, or choose repair='least_squares'."
+        elif LOSSES[self.loss].labelled and not decides(patient, pair[1]):
+            text = f"'{pair[1]}' does not write the model's answer, so no label is about it"
+            fix = "use loss='squared', or name the last pair."
+        if text and self.pair is not None:
+            raise CalibrationError(
+                f"{text}.", where=f"repair convex_refit, pair {list(pair)}", fix=fix
+            )
+        if text:
+            note = f"{text}: {fix.rstrip('.')}"
+            return Note(self.kind, ", ".join(pair), None, None, accepted=False, text=note)
+        return self._tried(patient, layers, (pair, seen, self._target(seen, pair)))
 
-    def _tried(self, patient: Patient, layers: Any, case: tuple[Any, _Seen, Tensor]) -> Note:
+    def _size(self, seen: Seen, units: int) -> int:
+        """Estimate the bytes that a program holds: a matrix of all outputs per row, and units."""
+        rows, outputs = min(len(seen.inputs), self.samples), seen.answers.shape[1]
+        return 8 * rows * (4 * outputs**2 + 16 * (units + self.patterns))
+
+    def _tried(self, patient: Patient, layers: Any, case: tuple[Any, Seen, Tensor]) -> Note:
         """Lower the penalty until the error does not rise."""
         pair, seen, target = case
         names = [(layer, name) for layer in layers for name in ("weight", "bias")]
@@ -119,7 +141,7 @@ class ConvexRefit(Repair):
         at = _spaced(
             ~_held(len(seen.inputs)) if self.apart else None, len(seen.inputs), self.samples
         )
-        radii = None if self.robust is None else seen.moved(self.robust)
+        radii = self._radii(seen)
         site, after = f"{pair[0]}, {pair[1]}", before
         for share in _SOFTER:
             made = self._head(share, patient.seed).fit(
@@ -128,12 +150,15 @@ class ConvexRefit(Repair):
             _write_(layers, made)
             after = self._error(patient, case, layers)
             if after <= before:
-                text = _told(made, layers[0].out_features, share)
+                text = _told(made, layers[0].out_features, share, radii)
                 return Note(self.kind, site, before, after, accepted=True, text=text)
             for (layer, name), value in zip(names, old, strict=True):
                 put_(layer, name, value)
         text = f"the error would be {after:.3g}"
         return Note(self.kind, site, before, before, accepted=False, text=text)
+
+    def _radii(self, seen: Seen) -> Tensor | None:
+        return None if self.robust is None else seen.moved(self.robust, self.radii)
 
     def _head(self, share: float, seed: int) -> ConvexHead:
         return ConvexHead(
@@ -141,12 +166,13 @@ class ConvexRefit(Repair):
             penalty=self.penalty * share,
             patterns=self.patterns,
             rounds=self.rounds,
+            steps=self.rounds,
             sweeps=self.sweeps,
             seed=seed,
         )
 
     @torch.no_grad()
-    def _error(self, patient: Patient, case: tuple[Any, _Seen, Tensor], layers: Any) -> float:
+    def _error(self, patient: Patient, case: tuple[Any, Seen, Tensor], layers: Any) -> float:
         """Measure what must not rise: the distance from the dense outputs, or the labels' loss."""
         _, seen, target = case
         if not self.apart:
@@ -154,103 +180,44 @@ class ConvexRefit(Repair):
         hidden, output = layers
         own, held = hidden.weight, _held(len(seen.inputs)).to(seen.inputs.device)
         middle = hidden(seen.inputs[held].to(own))
-        reach = torch.zeros_like(middle[0])
-        if self.robust is not None:
-            reach = own.abs() @ seen.moved(self.robust).to(own)
+        radii = self._radii(seen)
+        reach = torch.zeros_like(middle[0]) if radii is None else own.abs() @ radii.to(own)
         bounds = (middle - reach).relu(), (middle + reach).relu()
         return float(_worst(self.loss, output, bounds, target[held]))
 
-    def _target(self, patient: Patient, seen: _Seen) -> Tensor:
+    def _target(self, seen: Seen, pair: tuple[str, str]) -> Tensor:
         """Give dense answers, or labels."""
+        rows, outputs = seen.answers.shape
+        where = f"repair convex_refit, loss '{self.loss}', output layer '{pair[1]}'"
         if not LOSSES[self.loss].labelled:
             return seen.answers
+        if outputs < _CLASSES:
+            raise RepairError(
+                f"loss '{self.loss}' needs one output per class, and '{pair[1]}' has {outputs}.",
+                where=where,
+                fix="use loss='squared', or an output layer with one output per class.",
+            )
         if self.labels == "dense":
             return seen.answers.argmax(1)
-        if seen.labels is None:
-            raise CalibrationError(
-                f"loss '{self.loss}' needs one label per row, and the batches hold none.",
-                where=f"repair convex_refit, loss '{self.loss}'",
-                fix="pass batches of (inputs, labels), or set labels='dense' or loss='squared'.",
-            )
-        return seen.labels
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What both models show around a pair; rows of all batches and ranks."""
-
-    inputs: Tensor
-    home: Tensor
-    answers: Tensor
-    labels: Tensor | None
-
-    def moved(self, level: float) -> Tensor:
-        """Measure how far pruning moved each feature, at a quantile."""
-        return (self.inputs - self.home).abs().double().quantile(level, dim=0)
-
-
-class _Tap:
-    """Keep what a layer reads and writes."""
-
-    def __init__(self) -> None:
-        self.read: list[Tensor] = []
-        self.written: list[Tensor] = []
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        self.read.append(args[0].detach().flatten(0, -2))
-        self.written.append(out.detach().flatten(0, -2))
-
-
-@torch.no_grad()
-def _tapped(model: nn.Module, pair: tuple[str, str], batches: Any) -> list[_Tap]:
-    taps = [_Tap() for _ in pair]
-    hooks = [
-        model.get_submodule(path).register_forward_hook(tap)
-        for path, tap in zip(pair, taps, strict=True)
-    ]
-    try:
-        with evaluating(model):
-            for batch in batches:
-                run(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return taps
-
-
-def _seen(patient: Patient, pair: tuple[str, str]) -> _Seen:
-    """Run both models."""
-    small, _ = _tapped(patient.small, pair, patient.batches)
-    home, away = _tapped(patient.dense, pair, patient.batches)
-    inputs, reads = (torch.cat(tap.read) for tap in (small, home))
-    answers = torch.cat(away.written)
-    ends = [s for cut in patient.every for s in cut.slices]
-    left = set(range(reads.shape[1]))  # each cut names what it leaves of all
-    for end in (s for s in ends if s.side == "in" and s.path == pair[0]):
-        left &= set(end.keep)
-    reads = reads[:, torch.tensor(sorted(left), device=reads.device)]
-    kept = patient.kept(pair[1])
-    answers = answers if kept is None else answers[:, kept.to(answers.device)]
-    own = [_labels(batch) for batch in patient.batches]
-    labels = None
-    if own and all(found is not None for found in own):
-        every = torch.cat([found for found in own if found is not None]).to(inputs.device)
-        labels = every if len(every) == len(inputs) else None
-    device = inputs.device
-    parts = [all_rows(part).to(device) for part in (inputs, reads, answers)]
-    told = None if labels is None else all_rows(labels[:, None])[:, 0].long().to(device)
-    return _Seen(parts[0], parts[1], parts[2], told)
-
-
-def _labels(batch: Any) -> Tensor | None:
-    """Find one class number per sample."""
-    if isinstance(batch, Mapping):
-        value = batch.get("labels")
-    else:
-        value = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-    if not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point():
-        return None
-    return value if len(value) == batch_size(batch) else None
+        labels = seen.labels
+        if (
+            labels is not None
+            and len(labels) == rows
+            and 0 <= labels.min() <= labels.max() < outputs
+        ):
+            return labels
+        fix = "pass batches of (inputs, labels), or set labels='dense' or loss='squared'."
+        said = "the batches hold none"
+        if labels is not None:
+            said = f"there is not one for each of {rows} rows"
+            if len(labels) == rows:
+                said = f"they go from {int(labels.min())} to {int(labels.max())}"
+                fix = f"pass labels from 0 to {outputs - 1}, one class number each."
+        raise CalibrationError(
+            f"loss '{self.loss}' needs one label per row, below {outputs}: {said}.",
+            where=where,
+            fix=fix,
+        )
 
 
 def _objection(patient: Patient, hidden: str, output: str) -> str:
@@ -260,7 +227,7 @@ def _objection(patient: Patient, hidden: str, output: str) -> str:
         if path not in there:
             return f"there is no '{path}'"
         if why := patient.unfit(path):
-            return f"'{path}' {why}" if not why.startswith("a ") else why
+            return f"'{path}': {why}"
         module = there[path]
         if not isinstance(module, nn.Linear):
             return f"'{path}' is a {type(module).__name__}"
@@ -282,7 +249,10 @@ def _between(patient: Patient, hidden: str, output: str) -> str:
     """Compare what the output layer reads with the rectified hidden layer."""
     if patient.keeper is not None:
         return "the policy preserves a property that a free refit may lose"
-    first, last = _tapped(patient.small, (hidden, output), patient.batches)
+    kinds = {site.function for site in patient.graph.sites if site.producer == hidden}
+    if other := sorted(kinds - {"relu"}):
+        return f"what lies between them is a {other[0]} and no ReLU"
+    first, last = tapped(patient.small, (hidden, output), patient.batches)
     for made, read in zip(first.written, last.read, strict=False):
         if made.shape != read.shape or not torch.equal(made.relu(), read):
             return "what lies between them is no ReLU"
@@ -316,13 +286,16 @@ def _write_(layers: Any, made: Refit) -> None:
     put_(layers[1], "bias", offset)
 
 
-def _told(made: Refit, width: int, share: float) -> str:
+def _told(made: Refit, width: int, share: float, radii: Tensor | None) -> str:
     """Put what the program said into one line."""
     said = f"objective {made.before:.4g} to {made.objective:.4g}"
     if made.gap is not None:
         said += f", at most {max(made.gap, 0.0):.2g} above the best over {made.patterns} patterns"
     else:
-        said += f" in the worst case, {made.stable:.1%} of units and rows stable"
+        assert radii is not None
+        low, middle, high = radii.quantile(radii.new_tensor([0.0, 0.5, 1.0])).tolist()
+        said += f" in the worst case of radii {low:.2g} to {high:.2g}, median {middle:.2g}, "
+        said += f"{made.stable:.1%} of units and rows stable"
     said += f"; {made.units} of {width} units carry weight"
     return said + (f"; penalty lowered to {share:g} of it" if share < 1 else "")
 

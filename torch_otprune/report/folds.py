@@ -149,7 +149,7 @@ def folds(
     pairs: Pairs = "any",
     paths: int = 64,
     steps: int = 32,
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     bits: int = BITS,
     seed: int = 0,
 ) -> Folds:
@@ -167,7 +167,7 @@ def folds(
             another sample, nearer to the data).
         paths: how many, at most.
         steps: of each path, even.
-        ignore: activations to leave out, as patterns of module paths.
+        ignore: activations to leave out, as patterns of module paths; one or several.
         bits: units watched of one rectifier, at most; of more, a fixed random part.
         seed: of pairs and of the part.
 
@@ -175,8 +175,10 @@ def folds(
         the numbers; `print` them, or `.plot("folds.png")`.
 
     Raises:
-        CalibrationError: if there are no batches, or nothing lies between two samples.
-        StructureError: if the model has no activation with a kink, such as a ReLU.
+        CalibrationError: if there are no batches, they are not finite, or nothing lies between
+            two samples.
+        StructureError: if the model has no activation with a kink, such as a ReLU, computes NaN,
+            or has none that `ignore` names.
 
     Source: Lewandowski et al. 2025, "On Space Folds of ReLU Neural Networks", for the score; the
     weights, the increments and the switch rate of a layer are ours.
@@ -189,13 +191,7 @@ def folds(
         >>> folds(net, [torch.randn(20, 4)]).layers[0].score  # one layer never folds
         0.0
     """
-    start, batches = time.perf_counter(), list(batches)
-    if not batches:
-        raise CalibrationError(
-            "there are no batches.",
-            where="folds, argument batches",
-            fix="pass a list of batches, as the model takes them.",
-        )
+    start, batches = time.perf_counter(), _checked(batches, bits)
     kinked, smooth = _found(model, batches[0], ignore)
     way = (
         paths_between(model, batches, count=paths, pairs=pairs, seed=seed)
@@ -214,12 +210,36 @@ def folds(
     )
 
 
+def _checked(batches: Sequence[Any], bits: int) -> list[Any]:
+    if not isinstance(bits, int) or bits < 1:
+        raise CalibrationError(
+            f"{bits!r} bits watch nothing.",
+            where="folds, argument bits",
+            fix=f"pass a whole number of bits per rectifier, such as {BITS}.",
+        )
+    if isinstance(batches, Tensor) or not (found := list(batches)):
+        raise CalibrationError(
+            "batches is a tensor." if isinstance(batches, Tensor) else "there are no batches.",
+            where="folds, argument batches",
+            fix="pass a list of batches, as the model takes them.",
+        )
+    return found
+
+
 def _found(
-    model: nn.Module, batch: Any, ignore: Sequence[str]
+    model: nn.Module, batch: Any, ignore: str | Sequence[str]
 ) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
     """Find the rectifiers, and refuse a model that has none."""
     classes = module_classes(model)
+    ignore = [ignore] if isinstance(ignore, str) else ignore
     sites = trace(model, head(batch, _EXAMPLE), channels=False).sites
+    for pattern in ignore:
+        if not any(selects([pattern], site.module, classes) for site in sites):
+            raise StructureError(
+                f"{pattern!r} matches no activation of this model.",
+                where=f"folds, argument ignore; activations: {', '.join(s.name for s in sites)}",
+                fix="use the module path of an activation, or a glob.",
+            )
     kinked, smooth = rectifiers([s for s in sites if not selects(ignore, s.module, classes)])
     if kinked:
         return kinked, smooth

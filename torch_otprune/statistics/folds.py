@@ -209,7 +209,7 @@ def follow(
         CalibrationError: if the number of steps is odd or too small.
         StructureError: if a rectifier's input has no row per sample.
     """
-    if steps < 2 or steps % 2:
+    if not isinstance(steps, int) or steps < 2 or steps % 2:
         raise CalibrationError(
             f"{steps} steps do not halve.",
             where="folds, argument steps",
@@ -263,6 +263,12 @@ class _Taker:
                 fix="leave it out with `ignore`, or rank by 'stein'.",
             )
         flat = wide.reshape(points * paths, -1)
+        if not bool(flat.isfinite().all()):
+            raise StructureError(
+                f"activation '{self.site.name}' reads NaN or infinity on a path.",
+                where=f"space folds, input of shape {tuple(z.shape)}",
+                fix="look for NaN or infinity in the weights, or run the model in float32.",
+            )
         if self.picked is None:
             self._choose(flat)
         assert self.picked is not None

@@ -120,7 +120,7 @@ def paths_between(
         CalibrationError: if there are no two samples to pair, labels are asked for and missing, or
             samples cannot be mixed.
     """
-    if pairs not in get_args(Pairs) or count < 1:
+    if pairs not in get_args(Pairs) or not isinstance(count, int) or count < 1:
         raise CalibrationError(
             f"{count} paths between {pairs!r} samples are none.",
             where="folds, arguments pairs and paths",
@@ -159,15 +159,34 @@ def _mixable(a: Call, b: Call) -> None:
         for x, y in zip(flat_tensors(a), flat_tensors(b), strict=True)
         if x.dim() and len(x) == size
     ]
+    for side in zip(*rows, strict=True):
+        for values in side:
+            _finite(values)
     fixed = [x for x, y in rows if not x.is_floating_point() and not torch.equal(x, y)]
     if not fixed and any(x.is_floating_point() for x, _ in rows):
-        return
+        if not all(torch.equal(x, y) for x, y in rows):
+            return
+        raise CalibrationError(
+            f"all {size} paths end where they start.",
+            where="space folds, the calibration data",
+            fix="pass samples that differ, or ends that are no starts.",
+        )
     kind = fixed[0].dtype if fixed else "no numbers"
     raise CalibrationError(
         f"there is no straight path between samples of {kind}.",
         where=f"space folds, batch of shape {tuple(fixed[0].shape) if fixed else '()'}",
         fix="rank by 'stein', or follow paths of a part of the model that takes real numbers.",
     )
+
+
+def _finite(values: Tensor) -> None:
+    """Refuse samples between which no number lies."""
+    if bad := int((~values.isfinite()).sum()):
+        raise CalibrationError(
+            f"{bad} of {values.numel()} entries of the samples are NaN or infinite.",
+            where=f"space folds, batch of shape {tuple(values.shape)}",
+            fix="clean the data.",
+        )
 
 
 def _classes(batches: Sequence[Any], size: int) -> Int[Tensor, " samples"]:

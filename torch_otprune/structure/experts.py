@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -51,23 +51,39 @@ class _Router:
     component: Component
 
 
-def mixtures(model: nn.Module, found: Iterable[Component]) -> list[Group | Blocked]:
+def mixtures(
+    model: nn.Module, found: Iterable[Component], order: Sequence[str] = ()
+) -> list[Group | Blocked]:
     """Find the experts that routers choose among.
 
     A router is a matrix whose outputs met a softmax or were compared in the run. Its experts are
     what lies beside it with as many entries: parameters with a first axis of that length, module
     lists of that length. That a guess is right is for the trial to show: without the unit, the
-    model must compute what it does if the router never chooses the expert.
+    model must compute what it does if the router never chooses the expert. A classifier with as
+    many classes as a list in front of it has layers is no router.
 
     Args:
         model: any module.
         found: its coupled channels.
+        order: leaves as they ran.
 
     Returns:
         one group for every mixture, in order of the model's modules, or why it cannot be cut.
     """
-    several = _found(model, found)
+    several = {
+        experts: routers
+        for experts, routers in _found(model, found).items()
+        if not all(_classifies(one, experts, order) for one in routers)
+    }
     return [_judged(model, experts, routers) for experts, routers in several.items()]
+
+
+def _classifies(one: _Router, experts: _Experts, order: Sequence[str]) -> bool:
+    """Tell whether a layer writes the output from what all entries of the lists made."""
+    if "output" not in one.component.kinds or not experts.lists or one.path not in order:
+        return False
+    behind = order[order.index(one.path) :]
+    return not any(_within(path, entries) for path in behind for entries in experts.lists)
 
 
 def unreached(model: nn.Module, found: Iterable[Component], ran: Container[str]) -> list[Route]:

@@ -229,7 +229,7 @@ def _assemble(
         else:
             said = "all channels are tied into one unit"
             blocked.append(Blocked(name, paths, said, remedy([said])))
-    groups, blocked = _mixed(groups, blocked, mixtures(model, found))
+    groups, blocked = _mixed(groups, blocked, mixtures(model, found, notes.order))
     last = len(rank)
     groups.sort(key=lambda g: (rank.get(g.name, last), g.members[0].index[0, 0].item()))
     return _unique(groups, taken), blocked

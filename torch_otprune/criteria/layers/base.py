@@ -72,6 +72,21 @@ class LayerCriterion(Setting, ABC):
             prices |= rising(list(zip(order, added, strict=True)))
         return prices
 
+    def told(
+        self, chains: Sequence[ChainEvidence], *, look: Look | None = None, count: int | None = None
+    ) -> tuple[dict[str, float], dict[str, str]]:
+        """Price, and say what a reader of the plan should know beside the prices.
+
+        Args:
+            chains: as for `price`.
+            look: likewise.
+            count: likewise.
+
+        Returns:
+            block to price, and block to note; as a rule no notes.
+        """
+        return self.price(chains, look=look, count=count), {}
+
 
 class ScoreLayerCriterion(LayerCriterion, ABC):
     """Rank by one independent number per block."""

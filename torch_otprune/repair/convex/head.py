@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from torch_otprune.errors import RepairError
 from torch_otprune.repair.convex.loss import LOSSES, Loss, LossName
@@ -75,9 +77,11 @@ class Refit:
     def to_module(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
         """Build a plain hidden layer, rectifier and output layer."""
         weight, bias, out, offset = self.weights()
-        made = nn.Sequential(
-            nn.Linear(weight.shape[1], self.units), nn.ReLU(), nn.Linear(self.units, len(offset))
-        ).to(weight.device, dtype)
+        sizes = (weight.shape[1], self.units), (self.units, len(offset))
+        with warnings.catch_warnings():  # a pair without units has nothing to draw
+            warnings.filterwarnings("ignore", message="Initializing zero-element")
+            hidden, output = (skip_init(nn.Linear, *size, device=weight.device) for size in sizes)
+        made = nn.Sequential(hidden, nn.ReLU(), output).to(dtype)
         values = (weight, bias, out, offset)
         with torch.no_grad():
             for parameter, value in zip(made.parameters(), values, strict=True):
@@ -341,8 +345,7 @@ def _random(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 def _steepest(x: Tensor, goal: Tensor, loss: Loss, seed: int) -> float:
     """Measure how steeply the loss falls from no unit at all along the best of random ones."""
-    offset = goal.mean(0).expand_as(goal)
-    slope = loss.slope(offset if not loss.labelled else offset.clamp_min(1e-9).log(), goal)
+    slope = loss.idle(goal)
     units = _random(x, 64, torch.Generator("cpu").manual_seed(seed))
     on = torch.cat([x @ units > 0, torch.ones_like(x[:, :1], dtype=torch.bool)], 1)
     falls = [(on[:, i, None] * slope).T @ x for i in range(on.shape[1])]

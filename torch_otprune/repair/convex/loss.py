@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["LOSSES", "Hinge", "Logistic", "Loss", "LossName", "Squared", "simplex"]
 
 LossName = Literal["squared", "hinge", "logistic"]
-_NEWTON, _PROJECTED = 4, 20  # inner steps of a proximal step; the next round starts from them
+_NEWTON, _PROJECTED = 4, 10  # inner steps of a proximal step; the next round starts from them
 
 
 class Loss(ABC):
@@ -55,6 +55,17 @@ class Loss(ABC):
         """Differentiate each row's loss; any subgradient where it has a kink."""
 
     @abstractmethod
+    def idle(self, target: Tensor) -> Tensor:
+        """Give slopes where no unit answers: at the best constant, or near it.
+
+        Args:
+            target: as for `each`.
+
+        Returns:
+            rows x outputs.
+        """
+
+    @abstractmethod
     def worst(self, high: Tensor, low: Tensor, target: Tensor) -> Float[Tensor, " rows"]:
         """Bound the loss where answers are known by bounds.
 
@@ -90,6 +101,10 @@ class Squared(Loss):
         eye = torch.eye(metric.shape[1], dtype=metric.dtype, device=metric.device)
         found: Tensor = torch.linalg.solve(eye + metric, (start - target)[:, :, None])
         return found[:, :, 0]
+
+    def idle(self, target: Tensor) -> Tensor:
+        """Give the error of the mean."""
+        return target.mean(0) - target
 
     def worst(self, high: Tensor, low: Tensor, target: Tensor) -> Tensor:
         """Take the farther bound of every answer."""
@@ -128,6 +143,10 @@ class Logistic(Loss):
             answer = answer - reach.log1p() / reach * move
         return answer.softmax(1) - target
 
+    def idle(self, target: Tensor) -> Tensor:
+        """Subtract the label from the shares of the classes."""
+        return target.mean(0) - target
+
     def worst(self, high: Tensor, low: Tensor, target: Tensor) -> Tensor:
         """Measure nats where every other answer is as far ahead as it can be."""
         return high.logsumexp(1)
@@ -138,7 +157,7 @@ class Hinge(Loss):
 
     def each(self, answer: Tensor, target: Tensor) -> Tensor:
         """Measure the missing margin."""
-        return (answer + 1 - target).amax(1) - (answer * target).sum(1)
+        return ((answer + 1 - target).amax(1) - (answer * target).sum(1)).clamp_min(0)
 
     def slope(self, answer: Tensor, target: Tensor) -> Tensor:
         """Point to the answer that comes nearest, or nowhere."""
@@ -151,13 +170,20 @@ class Hinge(Loss):
 
     def near(self, start: Tensor, metric: Tensor, target: Tensor, slope: Tensor) -> Tensor:
         """Take accelerated projected steps of the dual, a quadratic program over a simplex."""
-        step = 1 / metric.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)  # bounds its curvature
+        # both bound its curvature; the rows' sums are the nearer one for many classes
+        trace, sums = metric.diagonal(dim1=1, dim2=2).sum(1), metric.abs().sum(2).amax(1)
+        step = 1 / torch.minimum(trace, sums)[:, None]
         weight = last = simplex(slope + target)
         for turn in range(_PROJECTED):
             ahead = weight + turn / (turn + 3) * (weight - last)
             down = start + 1 - target - (metric @ (ahead - target)[:, :, None])[:, :, 0]
             last, weight = weight, simplex(ahead + step * down)
         return weight - target
+
+    def idle(self, target: Tensor) -> Tensor:
+        """Share the slope out between the wrong answers, which all tie, by the classes' shares."""
+        others = (1 - target) * target.mean(0)
+        return others / others.sum(1, keepdim=True).clamp_min(1e-300) - target
 
     def worst(self, high: Tensor, low: Tensor, target: Tensor) -> Tensor:
         """Measure the margin that is missing in the worst case."""

@@ -230,7 +230,7 @@ class _Walk:
         """
         p = self.p
         spill = p.x.T @ (self.mask * (s.slope @ p.ways.T) + self.rho * s.keep)
-        most = torch.maximum(spill.norm(dim=0).max(), s.slope.sum(0).norm())
+        most = torch.cat([spill.norm(dim=0), s.slope.sum(0).norm()[None]]).max()
         share = (self.weight / most.clamp_min(1e-300)).clamp_max(1.0)
         return float(-p.loss.conjugate(share * s.slope, p.target).mean())
 
