@@ -179,10 +179,10 @@ class Lab:
         """
         from torch_otprune.decide import decide
 
-        # only a refit changes the prices, and with them the widths
-        refits = any("least_squares" in str(r) for r in case.method.repairs[case.repair][-1:])
-        key = (case.method.name, case.widths, refits, case.budget, case.seed)
         policy = self.policy(case)
+        # only a refit changes the prices, and with them the widths
+        refits = any(getattr(r, "refits", False) for rule in policy.rules for r in rule.repair)
+        key = (case.method.name, case.widths, refits, case.budget, case.seed)
         if key not in self.plans:
             seen, graph, _ = self.observed(case)
             some = self.batches(case.seed)[0][:2]

@@ -122,7 +122,7 @@ def picture(found: Mapping[tuple[str, str], Rows], path: Path, *, y: str) -> Non
 def _mark(name: str) -> str:
     if name.endswith(", laws"):
         return "s"
-    return "o" if name.endswith(", pairs") or name.startswith("pairs") else "^"
+    return "o" if name.endswith(", pairs") or name.startswith(("pairs", "all pairs")) else "^"
 
 
 def main(words: Sequence[str] | None = None) -> None:

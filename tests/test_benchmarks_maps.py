@@ -45,7 +45,9 @@ def test_only_blocks_with_a_layer_in_front_go() -> None:
     assert bench.gone() == ("layer1.1",)
 
 
-def test_every_way_back_from_a_shift_is_measured(tmp_path: Path) -> None:
+def test_every_way_back_from_a_shift_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "domain_shift.json"
     chosen = [
         "nothing",
@@ -53,11 +55,16 @@ def test_every_way_back_from_a_shift_is_measured(tmp_path: Path) -> None:
         "variances, out",
         "variances, out + coupled with home classes",
         "pairs found by transport, out",
+        "all pairs found by transport, in",
+        "monge_map, out",
     ]
     domain_shift.main(["--quick", "--methods", ";".join(chosen), "--out", str(out)])
     rows = json.loads(out.read_text())["rows"]
     assert not [row["error"] for row in rows if "error" in row]
     assert [row["choice"] for row in rows] == [domain_shift.TUNED, *chosen]
+    told = capsys.readouterr().out
+    domain_shift.main(["--quick", "--methods", ";".join(chosen), "--out", str(out)])
+    assert told and capsys.readouterr().out == ""  # nothing measured twice
     plot_maps.main(["--folder", str(tmp_path)])
     assert "| variances, out |" in (tmp_path / "domain_shift.md").read_text()
 

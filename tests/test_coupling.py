@@ -502,3 +502,21 @@ def test_one_group_after_the_other_is_the_same_as_all_at_once_where_nothing_is_l
         couple(sick, **DATA_FREE)
         found.append(outputs(sick.small, batches[0]))
     assert all(gap(found[0], other) < 1e-12 for other in found[1:])
+
+
+def planned(repair: Any) -> otp.Plan:
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4)]
+    rule = otp.Channels(criterion="transport", repair=repair)
+    policy = otp.Policy(rules=[rule], budget=otp.Budget(params="40%"))
+    x = draw(96, 8).float() @ draw(8, 16, seed=1).float()  # inputs that repeat one another
+    with otp.attach(nn.Sequential(*layers).eval(), policy) as attached:
+        return otp.observe(attached, [x]).plan()
+
+
+def test_widths_are_priced_by_what_the_fusion_does() -> None:
+    plain, refitted = (planned(repair) for repair in ("none", "least_squares"))
+    assert plain.keep() != refitted.keep()
+    assert planned("coupling").keep() == refitted.keep()
+    for scale in ("none", "variance"):
+        assert planned({"kind": "coupling", "scale": scale}).keep() == plain.keep()

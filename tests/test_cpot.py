@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 from torch import Tensor, nn
 
 import torch_otprune as otp
@@ -101,6 +102,52 @@ def test_the_barycenter_of_two_taps_is_the_tap_between_them() -> None:
     torch.testing.assert_close(
         laws.far(centre), torch.ones(2, dtype=torch.float64), atol=1e-4, rtol=0
     )
+
+
+def test_the_barycenter_of_taps_costs_what_the_linear_program_finds() -> None:
+    at = torch.cartesian_prod(*[torch.arange(3, dtype=torch.float64)] * 2)
+    cost = torch.cdist(at, at).square()
+    masses = draw(4, 9).abs() ** 3
+    laws = Grids(masses / masses.sum(1, keepdim=True), cost, 2, eps=0.02)
+    rows, points = laws.masses.shape
+    plans = rows * points * points
+    limits = torch.zeros(2 * rows * points, plans + points, dtype=torch.float64)
+    wanted = torch.cat([laws.masses.flatten(), torch.zeros(rows * points, dtype=torch.float64)])
+    for row in range(rows):
+        every = torch.arange(points**2).view(points, points) + row * points**2
+        for k in range(points):
+            limits[row * points + k, every[k]] = 1
+            limits[(rows + row) * points + k, every[:, k]] = 1
+            limits[(rows + row) * points + k, plans + k] = -1
+    prices = torch.cat([cost.flatten().repeat(rows), cost.new_zeros(points)])
+    exact = linprog(prices.numpy(), A_eq=limits.numpy(), b_eq=wanted.numpy(), bounds=(0, None))
+    ours = laws.far(laws.centre(torch.arange(rows))).square().sum()
+    assert float(ours) == pytest.approx(exact.fun, rel=1e-3)
+
+
+def test_the_barycenter_of_gaussians_is_the_fixed_point_of_bures() -> None:
+    wide = draw(5, 4, 4)
+    laws = Gaussians(draw(5, 4, seed=1), wide @ wide.mT)
+    mean, cov = laws.centre(torch.arange(5))
+    root = sqrtm(cov)
+    between = torch.stack([sqrtm(root @ own @ root) for own in laws.covs]).mean(0)
+    torch.testing.assert_close(mean, laws.means.mean(0))
+    torch.testing.assert_close(between, cov)
+
+
+def sqrtm(matrix: Tensor) -> Tensor:
+    values, basis = torch.linalg.eigh(matrix)
+    return (basis * values.clamp_min(0).sqrt()) @ basis.mT
+
+
+def test_of_copies_that_are_outliers_one_goes_only_where_there_are_several_centres() -> None:
+    rows = draw(8, 30)
+    rows[0] = rows[1] = 4 * rows[0]
+    made = evidence(rows)
+    assert set(order(made, normalise="none")[:2]) == {0, 1}  # a limit that the docstring names
+    rule = CPOT(k_barycenters="kept", normalise="none")
+    kept = rule.refine(made, rule.rank(made).order[:4])
+    assert len({0, 1} & set(kept.tolist())) == 1
 
 
 def test_one_dimensional_gaussian_signals_and_their_quantiles_agree() -> None:

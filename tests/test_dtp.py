@@ -26,6 +26,7 @@ from torch_otprune.errors import (
 from torch_otprune.integrations.loop import Loop
 from torch_otprune.integrations.trainer import _Pruning
 from torch_otprune.structure.graph import CostModel, Dim, Term
+from torch_otprune.training.gates import _Share
 from torch_otprune.training.linearised import Linearised
 from torch_otprune.training.pool import Pool, Price, Seat
 from torch_otprune.transport import soft_topk
@@ -108,6 +109,19 @@ def test_after_t_steps_of_still_scores_the_softness_is_eps_over_t() -> None:
         found.solve_([Price((1.0,), 3.0)])
         want = soft_topk(found.scores.double(), 3.0, eps=eps / (2 * t))
         torch.testing.assert_close(found.flat.double(), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("steps", "share"), [(20, 0.5), (200, 0.3)])
+def test_the_automatic_softness_ends_with_the_median_unit_ten_logits_away(
+    steps: int, share: float
+) -> None:
+    start = torch.randn(400, dtype=D, generator=torch.Generator().manual_seed(0))
+    found = pool(round(400 * share), start)
+    eps = found.softness(share, steps)
+    for _ in range(steps):
+        found.push_(eps, keeps=True)
+        found.solve_([Price((1.0,), 400 * share)])
+    assert float(found.logits.abs().median()) == pytest.approx(10, rel=0.05)
 
 
 def test_one_step_is_the_sinkhorn_plan_of_squared_distances_to_zero_and_one() -> None:
@@ -389,6 +403,9 @@ def test_single_weights_end_as_zeros_in_ordinary_tensors() -> None:
         train(attached, model, batch, 14)
         masked = model(batch[0]).detach()
         plan = attached.plan()
+        eps = search(attached).eps
+    said = f"hard since step 10 of 10, at a softness of {eps / 10:.1e} (eps {eps:.2g})"
+    assert any(said in note for note in plan.notes)
     otp.apply_(model, plan, [batch[0]], timing=0)
     torch.testing.assert_close(model(batch[0]), masked)
     left = {name: int((p != 0).sum()) for name, p in model.named_parameters() if p.dim() == 2}
@@ -445,6 +462,31 @@ def test_a_pass_that_fails_leaves_the_weights_alone() -> None:
         with pytest.raises(RuntimeError):
             model(batch[0][:, :3])
         assert model[2].weight is before
+
+
+def test_a_pass_that_fails_inside_a_block_keeps_no_stream() -> None:
+    model, batch = resnet(), images()
+    rule = otp.Layers(criterion=dtp(), drop=2, replace="identity")
+    with otp.attach(model, policy(rule), example=batch[0][:2]):
+        masked = model(batch[0]).detach()
+        shares = {
+            id(hook.__self__): hook.__self__
+            for module in model.modules()
+            for hook in module._forward_hooks.values()
+            if isinstance(getattr(hook, "__self__", None), _Share)
+        }
+        assert shares and not any(share.streams for share in shares.values())
+        for module in [m for m in model.modules() if isinstance(m, nn.Conv2d)]:
+            stumble = module.register_forward_hook(_fail)
+            with pytest.raises(RuntimeError, match="on purpose"):
+                model(batch[0])
+            stumble.remove()
+            assert not any(share.streams for share in shares.values())
+        assert torch.equal(model(batch[0]), masked)
+
+
+def _fail(*args: Any) -> None:
+    raise RuntimeError("on purpose")
 
 
 def test_accumulated_gradients_move_scores_as_one_batch_does() -> None:
@@ -639,6 +681,16 @@ def test_a_setting_that_is_not_above_zero_is_refused(name: str, value: Any, want
 def test_a_setting_that_is_no_number_is_refused(name: str, value: float) -> None:
     with pytest.raises(PolicyError, match=f"no valid {name}: it should be 'auto' or a finite"):
         otp.Channels(criterion=dtp(**{name: value}))
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_a_plan_of_zeros_without_a_training_step_says_what_decided(example: bool) -> None:
+    model, (x, _) = net(), data()
+    rule = otp.Weights(keep="25%", criterion="dtp")
+    with otp.attach(model, policy(rule), example=x[:2] if example else None) as attached:
+        otp.observe(attached, [x])
+        plan = attached.plan()
+    assert any("dtp saw no training step" in note for note in plan.notes)
 
 
 def test_masks_that_were_hardened_before_any_step_say_what_decided() -> None:

@@ -31,6 +31,9 @@ READERS = "an expert has no reader of its own"
 NO_REPAIR = {
     "least_squares": READERS,
     "bias": READERS,
+    "sparse_map": READERS,
+    "domain_map": READERS,
+    "flow": READERS,
     "coupling": "experts are whole networks, which have none",
 }
 

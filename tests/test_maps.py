@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from torch_otprune.errors import PolicyError, RepairError, TransportError
+from torch_otprune.errors import OTPruneError, PolicyError, RepairError, TransportError
 from torch_otprune.maps import (
     AffineFit,
     AffineMap,
     DomainMap,
     Elastic,
+    FittedMap,
     Flow,
     MongeMap,
     SparseMap,
@@ -425,6 +426,16 @@ def test_the_gap_s_weight_takes_a_needless_rotation_back() -> None:
     assert found.gap_after < 0.5 * found.gap_before
 
 
+@pytest.mark.parametrize("cost", ["euclidean", "elastic"])
+def test_a_rotation_is_taken_back_under_every_cost(cost: str) -> None:
+    x = cloud(300, 2)
+    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=DOUBLE)
+    setting = MongeMap(cost=cost, weight=2.0, steps=60, rate=0.05, batch=128)  # type: ignore[arg-type]
+    found = setting.fit(x, x @ turn.T, True).report
+    assert found.gap_before is not None and found.gap_after is not None
+    assert found.gap_after < 0.8 * found.gap_before
+
+
 def test_an_unpaired_monge_map_agrees_with_the_bures_map_on_gaussians() -> None:
     x, wanted = cloud(1500, 3), spd(3)
     y = cloud(1500, 3, seed=9) @ wanted + 1
@@ -813,3 +824,31 @@ def test_an_unknown_side_is_refused() -> None:
 def test_a_fitted_map_shows_its_numbers_and_not_its_samples() -> None:
     found = AffineMap().fit(cloud(50, 2), cloud(50, 2, seed=1))
     assert "matrix=" in repr(found) and "samples=" not in repr(found)
+
+
+@pytest.mark.parametrize("points", [torch.zeros(3, 4), torch.zeros(3, 2, dtype=torch.int64)])
+def test_points_that_a_map_cannot_map_are_refused(points: Tensor) -> None:
+    found = AffineMap().fit(cloud(50, 2), cloud(50, 2, seed=1))
+    call = inspect.unwrap(FittedMap.__call__)  # without the tests' own check of types
+    with pytest.raises(TransportError) as error:
+        call(found, points)
+    assert "cannot be mapped" in error.value.problem
+    assert error.value.fix == "pass floating-point numbers with 2 channels in the last axis."
+
+
+def test_a_norm_of_another_layer_is_refused_before_anything_is_written() -> None:
+    conv = nn.Conv2d(2, 3, 1, bias=False)
+    before = conv.weight.detach().clone()
+    found = AffineMap().fit(cloud(50, 3), cloud(50, 3, seed=1))
+    with pytest.raises(RepairError) as error:
+        found.fold_into(conv, norm=nn.BatchNorm2d(5))
+    assert error.value.problem == "a norm of 5 channels takes up no constant of 3."
+    assert torch.equal(conv.weight, before)
+
+
+@pytest.mark.parametrize("budget", [True, -1, "few", math.nan, math.inf])
+def test_what_is_no_number_of_channels_is_refused(budget: object) -> None:
+    with pytest.raises(OTPruneError) as error:
+        SparseMap(budget=budget)  # type: ignore[arg-type]
+    assert "is no number of channels" in error.value.problem
+    assert error.value.fix == "write a whole number of channels, or a share up to 1.0."

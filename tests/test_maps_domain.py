@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_otprune.errors import CalibrationError, RepairError, TransportError
+from torch_otprune.errors import (
+    CalibrationError,
+    OTPruneError,
+    PolicyError,
+    RepairError,
+    TransportError,
+)
 from torch_otprune.maps import DomainMap, FittedMap
 from torch_otprune.maps.samples import Samples
 from torch_otprune.repair.domain import adapt_
@@ -124,9 +131,17 @@ def test_a_network_with_nothing_to_mend_is_refused() -> None:
 
 
 def test_a_map_that_bends_is_refused(net: Net) -> None:
-    with pytest.raises(RepairError) as error:
+    with pytest.raises(PolicyError) as error:
         adapt_(net, [images(0)], [images(1)], map={"kind": "flow", "form": "points", "anchors": 0})
-    assert "is not affine" in error.value.problem
+    assert "cannot be folded" in error.value.problem
+    assert error.value.where == "adapt_, argument map"
+
+
+def test_every_note_tells_what_the_map_s_report_tells(net: Net) -> None:
+    notes = adapt_(net, [images(0)], [images(1) * 0.5], rows=256)
+    for note in notes:
+        for words in ("distance of laws", "by chance", "Monge gap", "channels moved"):
+            assert words in note.text
 
 
 def test_a_failure_half_way_leaves_the_model_as_it_was(
@@ -157,3 +172,40 @@ def test_a_side_that_no_layer_has_is_refused(net: Net) -> None:
         adapt_(net, [images(0)], [images(1)], side="both")  # type: ignore[arg-type]
     assert error.value.problem == "'both' is no side of a layer."
     assert error.value.where == "adapt_, argument side"
+
+
+def test_labels_of_the_home_domain_reach_every_layer_s_plan(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, fit = [], DomainMap.fit
+
+    def spy(self: DomainMap, x: Tensor, y: Tensor, pairs: object = None, **more: Tensor) -> object:
+        seen.append((len(y), more["labels"]))
+        return fit(self, x, y, None, **more)
+
+    monkeypatch.setattr(DomainMap, "fit", spy)
+    home, labels = images(0), torch.arange(len(images(0))) % 3
+    adapt_(net, list(home.split(40)), [images(1) * 0.5], labels=labels, rows=256)
+    assert seen and all(rows == len(own) for rows, own in seen)
+    each = len(seen[0][1]) // len(labels)
+    assert torch.equal(seen[0][1], labels.repeat_interleave(each))
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ({"labels": torch.zeros(3).long()}, "labels name no class for each of the"),
+        ({"labels": torch.zeros(3)}, "labels name no class for each of the"),
+        ({"labels": None, "map": "affine"}, "a map of kind affine uses no labels."),
+    ],
+)
+def test_labels_that_fit_no_samples_or_no_map_are_refused(
+    net: Net, setting: dict[str, Any], problem: str
+) -> None:
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    if setting["labels"] is None:
+        setting = setting | {"labels": torch.zeros(len(images(0))).long()}
+    with pytest.raises(OTPruneError) as error:
+        adapt_(net, [images(0)], [images(1)], **setting)
+    assert problem in error.value.problem and error.value.fix
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())

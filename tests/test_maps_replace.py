@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 import torch_otprune as otp
 from torch_otprune.errors import PolicyError, RepairError
+from torch_otprune.maps import FittedMap, FreeFit, TransportMap
+from torch_otprune.maps.samples import Samples
 from torch_otprune.nn import Perceptron
+from torch_otprune.policy.registry import MAPS
 
 
 class Block(nn.Module):
@@ -96,8 +100,13 @@ def test_an_odd_number_of_units_is_rounded_down_and_priced_so() -> None:
 @pytest.mark.parametrize(
     ("replace", "problem"),
     [
-        ({"kind": "monge_map", "map": {"form": "mlp"}}, "a map of form 'mlp' cannot be folded."),
-        ({"kind": "sparse_map", "map": {"solver": "mbo"}}, "differs from point to point"),
+        ({"kind": "monge_map", "map": {"form": "mlp"}}, "what monge_map fits with these settings"),
+        ({"kind": "sparse_map", "map": {"solver": "mbo"}}, "what sparse_map fits"),
+        *(
+            ({"kind": "transport_map", "map": {"kind": "sparse_map", "solver": s}}, "bends")
+            for s in ("mbo", "icnn", "w2gn", "lbfgs")
+        ),
+        ({"kind": "transport_map", "map": {"kind": "flow", "form": "points"}}, "what flow fits"),
         ({"kind": "transport_map", "map": "nonsense"}, "'nonsense' is no known map."),
     ],
 )
@@ -107,11 +116,33 @@ def test_a_map_that_does_not_fold_is_refused_in_the_policy(replace: object, prob
     assert problem in error.value.problem and error.value.fix
 
 
-def test_a_map_of_the_table_that_bends_is_refused_and_nothing_is_written() -> None:
+class Curved(TransportMap):
+    """A map of a user's own, that does not say that it bends."""
+
+    kind: Literal["curved"] = "curved"
+
+    def fitted(self, samples: Samples) -> FittedMap:
+        return FreeFit(self.kind, samples, body=nn.Tanh())
+
+
+def test_a_map_of_one_s_own_that_bends_is_refused_and_nothing_is_written() -> None:
     model = net()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    bent = {"kind": "transport_map", "map": {"kind": "flow", "form": "points", "anchors": 0}}
-    with pytest.raises(RepairError) as error:
-        prune(model, bent)
+    MAPS.register(Curved)
+    try:
+        with pytest.raises(RepairError) as error:
+            prune(model, {"kind": "transport_map", "map": "curved"})
+    finally:
+        MAPS.remove("curved")
     assert "is not affine" in error.value.problem and "2.down" in error.value.where
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+@pytest.mark.parametrize("replace", ["affine", "bures", "sparse_map"])
+def test_a_gap_that_nothing_can_stand_in_for_is_told(replace: str) -> None:
+    model = nn.Sequential(*(Block() for _ in range(3)), nn.Linear(6, 3)).double()
+    rule = otp.Layers(targets=["0"], drop=1, replace=replace, repair=())
+    data = [torch.randn(64, 6, dtype=torch.float64)]
+    (note,) = otp.prune_(model, otp.Policy(rules=[rule]), data, timing=0).repairs
+    assert (note.site, note.accepted) == ("0", False)
+    assert note.note.startswith("nothing stands in: no layer in front writes to this stream")

@@ -310,6 +310,29 @@ def test_for_a_linear_map_the_score_is_its_inputs_power() -> None:
     torch.testing.assert_close(one, exact)
 
 
+def test_how_samples_are_divided_into_batches_does_not_matter_for_single_weights() -> None:
+    model, x = bumpy(3), draw(6, 2, 5, 5)
+    whole = sap_scores(model, [x], passes=3)
+    for split in ([2, 4], [1] * 6):
+        found = sap_scores(model, list(x.split(split)), passes=3)
+        for name, score in whole.items():
+            torch.testing.assert_close(found[name], score, rtol=1e-9, atol=0)
+
+
+def test_weights_that_move_no_kernel_go_first_and_by_size_and_are_counted() -> None:
+    model, x = bumpy(3), draw(6, 2, 5, 5)
+    with torch.no_grad():
+        model[4].weight[2:], model[4].bias[2:] = 0.0, -1.0  # four of six channels are dead
+    size = model[3].weight.detach().abs().clone()
+    rule = otp.Weights(targets="3", keep="50%", criterion="ntk")
+    (zeros,) = otp.prune_(model, otp.Policy(rules=[rule]), [x], timing=0).zeros
+    kept = model[3].weight != 0
+    assert bool(kept[:2].all()) and int(kept[2:].sum()) == kept.numel() // 2 - kept[:2].numel()
+    assert float(size[2:][kept[2:]].min()) >= float(size[2:][~kept[2:]].max())
+    number = int(kept[2:].sum())
+    assert f"{number} of the weights that stay move no kernel: taken by size" in zeros.note
+
+
 def test_masks_keep_the_density_and_never_bring_a_weight_back() -> None:
     model, x = bumpy(3), draw(6, 2, 5, 5)
     names = weights_of(model)

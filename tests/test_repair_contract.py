@@ -20,7 +20,12 @@ from torch_otprune.repair.solve import Normal, solve
 from torch_otprune.structure import trace
 from torch_otprune.surgery import cut_, gap
 
-QUICK = {"reconstruct": {"kind": "reconstruct", "steps": 3}}
+QUICK: dict[str, dict[str, Any]] = {
+    "reconstruct": {"kind": "reconstruct", "steps": 3},
+    "sparse_map": {"kind": "sparse_map", "rows": 96},
+    "domain_map": {"kind": "domain_map", "rows": 96},
+    "flow": {"kind": "flow", "rows": 96, "map": {"anchors": 1}},
+}
 KINDS = sorted(REPAIRS)
 
 

@@ -24,8 +24,9 @@ if world > 1:
 torch.manual_seed(0)
 layers = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)]
 model, batch = nn.Sequential(*layers).double(), torch.randn(64, 8).double()
-rule = otp.Weights(keep=0.5, criterion={"kind": name, "mode": "parallel"})
-share = batch.chunk(world)[rank]
+mode = {} if name in ("ntk", "wanda") else {"mode": "parallel"}
+rule = otp.Weights(keep=0.5, criterion={"kind": name, **mode})
+share = batch[rank::world]
 report = otp.prune_(model, otp.Policy(rules=[rule]), list(share.split(16)), timing=0)
 answer = torch.cat([v.flatten() for v in model.state_dict().values()])
 torch.save((answer, report.bound.certified), out)
@@ -36,7 +37,7 @@ if world > 1:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("kind", ["alps", "net_trim"])
+@pytest.mark.parametrize("kind", ["alps", "net_trim", "ntk", "wanda"])
 def test_two_ranks_leave_the_weights_that_one_leaves(kind: str, tmp_path: Path) -> None:
     (one,) = (torch.load(path) for path in _run(1, kind, tmp_path, WORKER))
     first, second = (torch.load(path) for path in _run(2, kind, tmp_path, WORKER))

@@ -269,6 +269,19 @@ def test_a_declared_w2_of_every_layer_is_in_the_report_and_kept() -> None:
     assert report.bound is not None and report.bound.promised == pytest.approx(0.3)
 
 
+def test_a_radius_that_a_cascade_cannot_keep_is_widened_and_said() -> None:
+    rules = [
+        otp.Weights(targets=name, criterion={"kind": "net_trim", "radius": radius})
+        for name, radius in (("0", 0.5), ("2", 0.01))
+    ]
+    report = pruned(mlp(), rules)
+    first, behind = report.zeros
+    assert first.growth is None and "what went in front" not in first.note
+    assert behind.growth is not None
+    told = f"costs more than radius 0.01, so W2 {behind.radius:.3g} is what is kept to"
+    assert told in behind.note and told in " ".join(str(report).split())
+
+
 def test_a_chain_that_is_none_has_no_bound_and_says_why() -> None:
     report = pruned(convs(), otp.Weights(keep=0.5), data(4, 6, 6, batches=1))
     assert report.bound is not None and report.bound.certified is None
@@ -298,6 +311,28 @@ def test_batches_do_not_matter() -> None:
     pruned(many, otp.Weights(keep=0.5), list(x.split(16)))
     for a, b in zip(one.parameters(), many.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-8)
+
+
+def quoted(rule: otp.Weights, **more: Any) -> int:
+    policy = otp.Policy(rules=[rule], calibration=otp.Calibration(**more))
+    with otp.attach(mlp(width=64), policy, example=data(8)[0][:2]) as attached:
+        return attached.bytes
+
+
+def test_the_memory_of_what_layers_read_is_quoted_before_data() -> None:
+    free = quoted(otp.Weights(keep=0.5, criterion="magnitude"))
+    masks, fits = (quoted(otp.Weights(keep=0.5, criterion=kind)) for kind in ("wanda", "alps"))
+    gram = 8 * 65 * 65  # of the layer that takes most
+    assert free == 0 and 3 * gram < masks < fits
+    small = quoted(otp.Weights(targets="0", keep=0.5))
+    assert small < fits
+
+
+def test_layers_that_would_not_fit_are_refused_before_data() -> None:
+    with pytest.raises(CalibrationError, match="the weights of '2'") as error:
+        quoted(otp.Weights(keep=0.5), memory=1e-4)
+    assert "raise Calibration.memory" in error.value.fix
+    assert quoted(otp.Weights(keep=0.5, ignore=["2"], criterion="wanda"), memory=1e-3) > 0
 
 
 def test_all_or_nothing_where_a_radius_cannot_be_kept() -> None:

@@ -15,8 +15,9 @@ from torch_otprune.criteria.layers.look import Look
 from torch_otprune.plan import Drop
 from torch_otprune.plan.replacement import Replacement
 from torch_otprune.policy import Layers
-from torch_otprune.repair import LeastSquares, Patient, Repair
+from torch_otprune.repair import LeastSquares, Patient
 from torch_otprune.repair.lockstep import distance
+from torch_otprune.repair.reconstruct import Reconstruct
 from torch_otprune.repair.replace import Fitted, left_to_repair
 from torch_otprune.repair.replace.base import hand_norms_
 from torch_otprune.statistics.reduce import ranks_where
@@ -125,7 +126,7 @@ class Ahead(Look):
         )
 
     def _mend_(self, patient: Patient) -> None:
-        refits = any(isinstance(r, Repair) and r.refits for r in self.rule.repair)
+        refits = any(isinstance(r, LeastSquares | Reconstruct) for r in self.rule.repair)
         standing = self.rule.replace
         if left_to_repair(standing, [LeastSquares()] if refits else []):
             hand_norms_(patient)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch_otprune.attach.masked import Masked
 from torch_otprune.attach.pressures import pressures
 from torch_otprune.attach.rounds import Rounds
+from torch_otprune.criteria.masks import UNTRAINED
 from torch_otprune.errors import CalibrationError, LoadError, PolicyError
 from torch_otprune.plan.gated import learning
+from torch_otprune.plan.model import Plan
 from torch_otprune.policy import Policy
 from torch_otprune.report import Report
 from torch_otprune.statistics import Observation
@@ -206,6 +208,13 @@ class Course:
     def told(self, observation: Observation) -> Observation:
         """Add what training decided to what calibration found."""
         return observation if self.masked is None else self.masked.told(observation)
+
+    def signed(self, plan: Plan) -> Plan:
+        """Say in a plan of zeros how their masks came about; cuts and drops have said it."""
+        if not plan.thinned or not learning(self.policy):
+            return plan
+        note = UNTRAINED if self.masked is None else self.masked.search.note
+        return plan.model_copy(update={"notes": (*plan.notes, note)})
 
     @contextmanager
     def plain(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch_otprune.attach.ahead import ahead
 from torch_otprune.attach.needs import needs_of, reached, wide_of
 from torch_otprune.attach.paths import folded
 from torch_otprune.plan import owned_blocks, owned_sites
+from torch_otprune.plan.weights import thinning_quote
 from torch_otprune.policy import Layers, Policy
 from torch_otprune.statistics import (
     ChainEvidence,
@@ -122,8 +123,8 @@ def rows(
         paths: consumers, whose signals may be wanted.
 
     Returns:
-        `streams`, by the first block of each run, `signals`, by layer, and `tangents`, of the
-        model: bytes on each rank.
+        `streams`, by the first block of each run, `signals`, by layer, `tangents`, of the model,
+        and `weights`, at the layer that takes most: bytes on each rank.
     """
     found, needs = dict[str, int](), needs_of(policy)
     wide = wide_of(model, policy, paths) if needs & {"moments", "signals"} else ()
@@ -133,7 +134,8 @@ def rows(
     tangents = {"": tangents_quote(model)} if "tangents" in needs else {}
     signals = signals_quote(model, heard, samples=samples)
     signals |= signals_quote(model, wide, samples=samples, rows=WIDE_ROWS)
-    return {"streams": found, "signals": signals, "tangents": tangents}
+    weights = thinning_quote(model, policy, graph)
+    return {"streams": found, "signals": signals, "tangents": tangents, "weights": weights}
 
 
 def told(

@@ -206,8 +206,7 @@ class Attached:
             OTPruneError: if the round fails: all is as it was, and the next call tries again; if
                 the policy has neither schedule nor penalty, or was removed.
         """
-        number = self._course.tick()
-        if not number:
+        if not (number := self._course.tick()):
             return None
         with self._off():
             return self._course.round_(number, optimizers, ema)
@@ -265,7 +264,8 @@ class Attached:
             observation = self._course.told(self.observation())
             graph = counted(self.model, graph, self._probes, self._example)
             plan = decide(self.model, self.policy, graph, observation, self._example)
-            return linearized(self.model, plan, graph, observation.sites, example=self._example)
+            plan = linearized(self.model, plan, graph, observation.sites, example=self._example)
+            return self._course.signed(plan)
 
     def observation(self) -> Observation:
         """Sum up what was seen, over all ranks. What is seen later adds to it.

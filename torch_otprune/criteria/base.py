@@ -15,10 +15,11 @@ from torch_otprune.errors import CalibrationError
 from torch_otprune.policy.registry import CRITERIA, Setting
 from torch_otprune.statistics.evidence import Evidence
 
-__all__ = ["Criterion", "Need", "Ranking", "ScoreCriterion", "checked", "register"]
+__all__ = ["IDLE", "Criterion", "Need", "Ranking", "ScoreCriterion", "checked", "register"]
 
 Need = Literal["moments", "sensitivity", "signals", "tangents"]
 register = CRITERIA.register
+IDLE = "their order says nothing"
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class ScoreCriterion(Criterion, ABC):
         power = score[order].square()
         left = power.flip(0).cumsum(0).flip(0)
         curve = torch.cat([left, left.new_zeros(1)]) / power.sum().clamp_min(1e-300)
-        return Ranking(order, curve)
+        alike = evidence.units > 1 and bool((score == score[0]).all())
+        return Ranking(order, curve, f"all {len(score)} units score alike; {IDLE}" if alike else "")
 
 
 def checked(score: Tensor, noun: str, *, where: str) -> Tensor:

@@ -31,7 +31,7 @@ class BNScale(ScoreCriterion):
         found = super().rank(evidence)
         bare = evidence.scales is None
         note = "no batch-norm carries these units; ranked by weight norm" if bare else ""
-        return replace(found, note=note)
+        return replace(found, note="; ".join(filter(None, (note, found.note))))
 
     def score(self, evidence: Evidence) -> Float[Tensor, " units"]:
         """Average the absolute scales over the norms that carry the unit."""

@@ -6,10 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_otprune.criteria.base import IDLE
 from torch_otprune.errors import CalibrationError
 from torch_otprune.statistics.evidence import Consumer, Evidence
 
-__all__ = ["joint", "observed"]
+__all__ = ["joint", "observed", "silent"]
+
+_ROUNDING = 1e-12  # of a constant's square: what rounding may leave of its variance
 
 
 def observed(evidence: Evidence, criterion: str) -> tuple[Consumer, ...]:
@@ -39,6 +42,24 @@ def observed(evidence: Evidence, criterion: str) -> tuple[Consumer, ...]:
             fix="run calibration data through the model, or use criterion 'magnitude'.",
         )
     return found
+
+
+def silent(evidence: Evidence) -> str:
+    """Say so where nothing that the consumers read tells the units apart.
+
+    Args:
+        evidence: of a group with observed consumers.
+
+    Returns:
+        a note; empty as a rule.
+    """
+    for consumer in evidence.consumers:
+        if consumer.second is not None:
+            power = torch.einsum("iaia->ia", consumer.second)
+            least = 0.0 if consumer.mean is None else _ROUNDING * consumer.mean.square()
+            if bool((power > least).any()):
+                return ""
+    return f"no unit reaches what reads it; {IDLE}"
 
 
 def joint(consumer: Consumer) -> tuple[Float[Tensor, "units units"], Float[Tensor, "units units"]]:

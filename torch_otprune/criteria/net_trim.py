@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from torch_otprune.criteria.base import Criterion, Need, Ranking, register, settle
-from torch_otprune.criteria.moments import observed
+from torch_otprune.criteria.moments import observed, silent
 from torch_otprune.statistics.evidence import Consumer, Evidence
 from torch_otprune.statistics.moments import ridge_factor
 
@@ -59,7 +59,7 @@ class NetTrim(Criterion):
             start=torch.zeros(evidence.units + 1, dtype=torch.float64),
         )
         said = f"the convex program stopped {gap:.1%} from its optimum" if gap > _LOOSE else ""
-        return Ranking(order, curve, said)
+        return Ranking(order, curve, silent(evidence) or said)
 
     def certify(self, evidence: Evidence, keep: Int[Tensor, " kept"]) -> str:
         """Bound what every consumer is off by once it is refitted, if nothing else is cut.

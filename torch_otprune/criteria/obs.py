@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from torch_otprune.criteria.base import Criterion, Need, Ranking, register, settle
-from torch_otprune.criteria.moments import observed
+from torch_otprune.criteria.moments import observed, silent
 from torch_otprune.statistics.evidence import Consumer, Evidence
 from torch_otprune.statistics.moments import ridge_factor
 
@@ -49,7 +49,8 @@ class OBS(Criterion):
             alive[unit] = False
             for state in states:
                 state.remove(unit)
-        return Ranking(torch.tensor(gone[::-1]), torch.tensor(spent[::-1], dtype=torch.float64))
+        curve = torch.tensor(spent[::-1], dtype=torch.float64)
+        return Ranking(torch.tensor(gone[::-1]), curve, silent(evidence))
 
 
 class _State:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from torch_otprune.criteria.base import Criterion, Need, Ranking, register, settle
-from torch_otprune.criteria.moments import joint, observed
+from torch_otprune.criteria.moments import joint, observed, silent
 from torch_otprune.criteria.wide import rank_wide, wide_consumers
 from torch_otprune.statistics.evidence import Evidence
 from torch_otprune.statistics.moments import WIDE
@@ -54,7 +54,7 @@ class Transport(Criterion):
             return rank_wide(evidence, self.candidates)
         cost, null = ground_cost(evidence)
         found = facility_location(cost, null)
-        return Ranking(found.order, found.curve)
+        return Ranking(found.order, found.curve, silent(evidence))
 
     def refine(self, evidence: Evidence, keep: Int[Tensor, " kept"]) -> Int[Tensor, " kept"]:
         """Swap kept against removed units while the transport cost falls."""

@@ -67,17 +67,29 @@ class MapReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        def word(value: float | None) -> str:
-            return "–" if value is None else f"{value:.3g}"
-
         lines = [
             f"{self.kind}: {self.rows} rows, {self.moved} of {self.channels} channels moved",
-            f"  distance to the target  {word(self.fit_before)} -> {word(self.fit_after)}"
-            f" (halves of the target: {word(self.null)})",
-            f"  squared error of pairs  {word(self.error_before)} -> {word(self.error_after)}",
-            f"  Monge gap               {word(self.gap_before)} -> {word(self.gap_after)}",
+            f"  distance to the target  {_word(self.fit_before)} -> {_word(self.fit_after)}"
+            f" (halves of the target: {_word(self.null)})",
+            f"  squared error of pairs  {_word(self.error_before)} -> {_word(self.error_after)}",
+            f"  Monge gap               {_word(self.gap_before)} -> {_word(self.gap_after)}",
         ]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    @property
+    def line(self) -> str:
+        """Say all but the errors of pairs in one line."""
+        told = (
+            f"distance of laws {_word(self.fit_before)} -> {_word(self.fit_after)}, by chance "
+            f"{_word(self.null)}",
+            f"Monge gap {_word(self.gap_before)} -> {_word(self.gap_after)}",
+            f"{self.moved} of {self.channels} channels moved",
+        )
+        return "; ".join([*told, *self.notes])
+
+
+def _word(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +110,20 @@ class FittedMap(ABC):
     start: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
 
-    @abstractmethod
     def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... e"]:
         """Map points, in their own dtype."""
+        width = self.samples.x.shape[1]
+        refuse(
+            not x.is_floating_point() or not x.dim() or x.shape[-1] != width,
+            f"points of shape {tuple(x.shape)} and type {x.dtype} cannot be mapped.",
+            where=f"a fitted map of kind {self.kind}, {width} channels",
+            fix=f"pass floating-point numbers with {width} channels in the last axis.",
+        )
+        return self.mapped(x)
+
+    @abstractmethod
+    def mapped(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... e"]:
+        """Map points that were checked."""
 
     @abstractmethod
     def module(self) -> nn.Module:
@@ -195,7 +218,7 @@ class AffineFit(FittedMap):
     matrix: Float[Tensor, "e d"] = field(default_factory=lambda: torch.empty(0, 0))
     shift: Float[Tensor, " e"] = field(default_factory=lambda: torch.empty(0))
 
-    def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... e"]:
+    def mapped(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... e"]:
         """Map points."""
         return (x.to(self.matrix) @ self.matrix.T + self.shift).to(x)
 
@@ -229,7 +252,7 @@ class FreeFit(FittedMap):
 
     body: nn.Module = field(default_factory=nn.Identity)
 
-    def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... e"]:
+    def mapped(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... e"]:
         """Map points."""
         found: Tensor = self.body(x.double())
         return found.detach().to(x)
@@ -246,6 +269,11 @@ class TransportMap(Setting, ABC):
     """
 
     across: ClassVar[bool] = False  # whether pairs may have different widths
+
+    @property
+    def affine(self) -> bool:
+        """Tell whether what it fits is affine, so that it can be folded."""
+        return True
 
     @abstractmethod
     def fitted(self, samples: Samples) -> FittedMap:

@@ -54,6 +54,11 @@ class Flow(TransportMap):
     rate: float = Field(default=1e-2, gt=0, description="of the critic's Adam")
     seed: int = 0
 
+    @property
+    def affine(self) -> bool:
+        """Tell whether it folds."""
+        return self.form == "affine"
+
     def fitted(self, samples: Samples) -> FittedMap:
         """Let particles flow, then read a map off them."""
         x, y = samples.some(_POINTS, self.seed)

@@ -54,6 +54,12 @@ def fold_(
             where=f"{type(layer).__name__} without a bias",
             fix="pass the batch-norm behind it as `norm`, or give the layer a bias.",
         )
+    if bias is None and running is not None and running.shape != moved.shape:
+        raise RepairError(
+            f"a norm of {len(running)} channels takes up no constant of {len(moved)}.",
+            where=f"{type(layer).__name__} without a bias, argument norm",
+            fix="pass the batch-norm that reads this layer.",
+        )
     put_(layer, "weight", weight)
     if bias is not None:
         put_(layer, "bias", bias.detach().double() + moved)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,8 @@ from torch_otprune.maps.affine import AffineMap, with_moments
 from torch_otprune.maps.base import AffineFit, FittedMap, FreeFit, TransportMap, register
 from torch_otprune.maps.elastic import Elastic
 from torch_otprune.maps.gap import Cost, monge_gap
-from torch_otprune.maps.samples import Samples, apart, held_out
+from torch_otprune.maps.samples import Samples, held_out
+from torch_otprune.maps.trial import Trial
 from torch_otprune.statistics.moments import ridge_factor
 from torch_otprune.transport import divergence
 
@@ -22,6 +23,7 @@ __all__ = ["Descent", "MongeMap"]
 _LOOK = 10  # steps between looks at them
 _RIDGE = 1e-4
 _NEAR = "the closed form is as near as chance can tell, and stays"
+_WEIGHTS = {True: 0.1, False: 1.0}  # of the gap, with pairs and without
 
 
 @register
@@ -31,13 +33,15 @@ class MongeMap(TransportMap):
     The fit is the squared error of pairs, or the squared debiased Sinkhorn distance without them.
     The gap is centred, so that it vanishes for every optimal map and its weight does not move the
     answer where one exists. Gradients hold the coupling still. What is best on held-out rows
-    stays, so a map never ends worse than it started there. Without pairs, a start that is as near
-    to the target as halves of the target are to one another is kept, and an affine map gets the
-    target's second moments back.
+    stays, so a map never ends worse than it started there.
 
-    Limits: without pairs it needs many rows per dimension, and starts from the Bures map, which
-    is hard to beat where laws are near Gaussian. The form `mlp` is not folded: it takes the place
-    of a removed block.
+    Without pairs the Bures map is left only for a step that a held-out half confirms: the squared
+    distance to the target falls by more than halves of the target are apart, and the gap does not
+    grow. An affine map then gets the target's second moments back. Where the start stays, the
+    notes say why.
+
+    Limits: without pairs it needs many rows per dimension, or the Bures map stays. The form `mlp`
+    is not folded: it takes the place of a removed block.
 
     Source: Uscidda & Cuturi 2023; starting at the closed form and the held-out choice are ours.
     """
@@ -48,7 +52,9 @@ class MongeMap(TransportMap):
     )
     cost: Literal["squared", "euclidean", "elastic"] = "squared"
     elastic: Elastic = Field(default=Elastic(), description="what `elastic` adds to half a square")
-    weight: float = Field(default=0.1, ge=0, description="of the gap")
+    weight: float | None = Field(
+        default=None, ge=0, description="of the gap; null is 0.1 with pairs and 1 without"
+    )
     width: int = Field(default=64, ge=1, description="hidden units of `mlp`")
     steps: int = Field(default=60, ge=0, description="of gradient descent, at most")
     rate: float = Field(default=0.01, gt=0, description="of Adam, in shares of the spread")
@@ -61,28 +67,43 @@ class MongeMap(TransportMap):
         """Name the cost of moving."""
         return self.elastic if self.cost == "elastic" else self.cost
 
+    @property
+    def affine(self) -> bool:
+        """Tell whether it folds."""
+        return self.form == "affine"
+
     def fitted(self, samples: Samples) -> FittedMap:
         """Descend from the closed form."""
         start = AffineMap().fitted(samples)
         assert isinstance(start, AffineFit)
+        if samples.matched is None:
+            return self._by_laws(samples, start)
         body = _Body.around(start, samples.x, self)
-        near = samples.matched is None and _by_chance(start, samples)
-        note = _NEAR if near else Descent(self, samples, body, body.unit).run()
+        note = Descent(self, samples, body, body.unit).run()
+        return self._made(samples, start, body, note=note)
+
+    def _by_laws(self, samples: Samples, start: AffineFit) -> FittedMap:
+        """Descend on one half, and keep the closed form unless the other half speaks for more."""
+        trial = Trial.of(samples)
+        still = self._made(samples, start, _Body.around(start, samples.x, self), note=_NEAR)
+        if trial.settled(start):
+            return still
+        body = _Body.around(start, samples.x, self)
+        note = Descent(self, trial.learn, body, body.unit).run()
+        moved = self._made(samples, start, body, note=note)
+        better, why = trial.verdict(start, moved, self.ground)
+        return replace(moved, notes=(why, note)) if better else replace(still, notes=(why,))
+
+    def _made(
+        self, samples: Samples, start: AffineFit, body: _Body, *, note: str
+    ) -> AffineFit | FreeFit:
         common: dict[str, Any] = {"cost": self.ground, "start": start, "notes": (note,)}
         if self.form == "mlp":
             return FreeFit(self.kind, samples, **common, body=body.eval().requires_grad_(False))
         matrix, shift = body.affine()
-        if samples.matched is None:
+        if samples.matched is None and bool(body.turn.any()):
             matrix, shift = with_moments(matrix, shift, samples)
         return AffineFit(self.kind, samples, **common, matrix=matrix, shift=shift)
-
-
-def _by_chance(start: AffineFit, samples: Samples) -> bool:
-    """Tell whether two halves of the target are as far apart as the mapped source is."""
-    # The distance of samples is mostly bias then, which a map lowers by losing spread.
-    few = samples.shown
-    size = len(few.y) // 2
-    return apart(start(few.x[:size]), few.y[-size:]) <= samples.null
 
 
 class _Body(nn.Module):
@@ -191,7 +212,9 @@ class Descent:
 
     def _loss(self, rows: Samples) -> Tensor:
         """Fit plus weighted gap, in units of the spread of the start."""
-        unit = self.unit
+        unit, weight = self.unit, self.setting.weight
+        if weight is None:
+            weight = _WEIGHTS[rows.matched is not None]
         x, y = (rows.x, rows.y) if rows.matched is None else rows.matched
         mapped = self.body(x)
         scale = unit**2 * y.shape[1]
@@ -199,11 +222,11 @@ class Descent:
             fit = divergence(mapped / unit, y / unit).square() / y.shape[1]
         else:
             fit = (mapped - y).square().sum(1).mean() / scale
-        if not self.setting.weight:
+        if not weight:
             return fit
         gap = monge_gap(x, mapped, cost=self.setting.ground, eps=self.setting.eps)
         per = unit * y.shape[1] ** 0.5 if self.setting.cost == "euclidean" else scale
-        return fit + self.setting.weight * gap / per
+        return fit + weight * gap / per
 
 
 def _first(matched: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
@@ -18,7 +18,7 @@ from torch_otprune.maps.elastic import CONVEX_L0, Elastic
 from torch_otprune.maps.flow import force
 from torch_otprune.maps.mbo import MBO, fit_mbo
 from torch_otprune.maps.samples import Samples
-from torch_otprune.policy.base import problem
+from torch_otprune.policy.base import problem, short
 from torch_otprune.statistics.moments import ridge_factor
 from torch_otprune.transport.checks import refuse
 
@@ -65,6 +65,18 @@ class SparseMap(TransportMap):
     steps: int = Field(default=300, ge=1, description="gradient steps of the duals")
     seed: int = 0
 
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        # a bool is a whole number to Python, and one budget of it would move one channel
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value < math.inf):
+            raise problem(
+                f"{short(value)} is no number of channels.",
+                fix="write a whole number of channels, or a share up to 1.0.",
+            )
+        return value
+
     @model_validator(mode="after")
     def _sound(self) -> Self:
         if self.budget is not None and isinstance(self.budget, float) and self.budget > 1:
@@ -86,6 +98,11 @@ class SparseMap(TransportMap):
                 key="budget",
             )
         return self
+
+    @property
+    def affine(self) -> bool:
+        """Tell whether it folds."""
+        return self.solver == "group"
 
     def allowed(self, channels: int) -> int:
         """Count the channels that may move; half of them where nothing is said."""

@@ -136,7 +136,8 @@ def _told(case: Case, candidates: Sequence[Candidate]) -> list[str]:
 
 def _thin(observation: Observation) -> list[str]:
     """Warn where so few samples decided that the report cannot know better."""
-    seen = observation.moments or observation.signals or observation.tangents is not None
+    found = (observation.tangents, observation.sensitivity)
+    seen = observation.moments or observation.signals or any(one is not None for one in found)
     if not seen or observation.samples >= _FEW:
         return []
     few = f"only {observation.samples} calibration samples were seen"

@@ -20,6 +20,9 @@ _OF_CHANNELS = ("taylor", "bn_scale", "cpot", "dtp")
 _OF_READERS = {
     "least_squares": "refits what reads the units, and an expert has no reader of its own",
     "bias": "shifts what reads the units, and an expert has no reader of its own",
+    "sparse_map": "maps what the readers write, and an expert has no reader of its own",
+    "domain_map": "maps what the readers write, and an expert has no reader of its own",
+    "flow": "maps what the readers write, and an expert has no reader of its own",
     "coupling": "fuses units into their mean, and experts are whole networks, which have none",
 }
 

@@ -169,11 +169,12 @@ class Patient:
 
     def _alike(self, front: str, behind: str) -> bool:
         """Tell whether two layers write streams of one width with one kind of norm behind."""
-        ends = (self._end(front), behind)
+        ends, norms = (self._end(front), behind), self.graph.norms
         widths = [channels(self.dense.get_submodule(p), "out") for p in ends]
-        return widths[0] == widths[1] and (
-            (front in self.graph.norms) == (behind in self.graph.norms)
-        )
+        alike = (front in norms) == (behind in norms)
+        # the norm behind a pre-norm network's last block is none of the block's own
+        stays = front not in norms and behind in norms and not gone(self.gone, norms[behind])
+        return widths[0] == widths[1] and (alike or stays)
 
     def site(self, path: str) -> Site:
         """Describe where to stop for a layer, and what it is to write."""

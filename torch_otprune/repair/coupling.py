@@ -40,12 +40,14 @@ class Coupling(Repair):
     Groups are fused in order of execution. A group whose fusion moves the output further from the
     dense model's than dropping is left as it was cut, and noted; without calibration batches
     nothing can be compared, and all are fused. Name it before other repairs: a group that was
-    written since the cut is left alone.
+    written since the cut is left alone. Under a budget, widths are priced by what a refit of the
+    consumers leaves where `scale` is `least_squares`, and by what dropping changes otherwise.
 
     Limits: what several layers add up is fused with one coupling for all of them; a nonlinearity
     between means is not seen; a layer-norm over fused channels keeps its function only where
     every unit stands for as many. Experts, and layers that share tensors, are left alone. Borders
-    of a zero-padded convolution feel the shift of a mean.
+    of a zero-padded convolution feel the shift of a mean. The price lets every kernel position be
+    refitted by itself, and so is too low where convolutions read the units.
 
     Source: Theus et al. 2024 (Intra-Fusion), Algorithm 2, reached by `features="group"`,
     `marginals="uniform"`, `normalise="published"`, `scale="none"`; Singh & Jaggi 2020 for fusion
@@ -95,6 +97,11 @@ class Coupling(Repair):
     guard: bool = Field(
         default=True, description="leave a group cut where fusing it makes the output worse"
     )
+
+    @property
+    def refits(self) -> bool:  # type: ignore[override]  # depends on a setting
+        """Tell whether consumers read combinations that data choose, which is a refit by unit."""
+        return self.scale == "least_squares"
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from torch_otprune.errors import CalibrationError, RepairError
-from torch_otprune.maps import AffineFit, TransportMap
+from torch_otprune.maps import AffineFit, DomainMap, TransportMap
 from torch_otprune.maps.fold import known_side, mapped_before, mapped_behind
+from torch_otprune.policy.base import translated
 from torch_otprune.policy.registry import MAPS
 from torch_otprune.repair.base import Note, Patient
+from torch_otprune.repair.mapping import foldable
 from torch_otprune.statistics.patches import columns, output_rows, pick, positions, rows
 from torch_otprune.statistics.reduce import all_rows
 from torch_otprune.structure import trace
@@ -38,6 +40,7 @@ def adapt_(
     map: str | dict[str, Any] | TransportMap = "domain_map",
     side: Literal["out", "in"] = "out",
     paired: bool = False,
+    labels: Tensor | None = None,
     rows: int = 16384,
     layers: Sequence[str] | None = None,
     seed: int = 0,
@@ -46,7 +49,8 @@ def adapt_(
 
     Layers are taken in order of execution. At each, the activations on shifted batches, as the
     mended prefix gives them, are mapped onto the law of those that the original network shows on
-    home batches; the map is multiplied into the layer. Nothing is paired, no label is read.
+    home batches; the map is multiplied into the layer. Nothing is paired, and no label of the new
+    domain is read.
 
     Args:
         model: dense or pruned; written in place.
@@ -57,20 +61,43 @@ def adapt_(
             of a patch together, which can sharpen what was blurred.
         paired: whether both domains show the same things in the same order; the map is then a
             regression.
+        labels: class of every reference sample, where known, in the order of the batches: the
+            `domain_map` then couples class by class.
         rows: of each domain that a map is fitted on.
         layers: paths of the layers to mend; None takes all that can be.
         seed: which positions are looked at.
 
     Returns:
-        one note per layer: the squared distance of both laws as Gaussians, before and after.
+        one note per layer: the squared distance of both laws as Gaussians, before and after, and
+        in its text what the map reports.
 
     Raises:
-        CalibrationError: if a domain has no batches.
+        CalibrationError: if a domain has no batches, or labels do not fit them.
+        PolicyError: for a map that cannot be folded.
         RepairError: if a layer cannot be mended, or none can; the model is as it was then.
     """
     known_side(side, "adapt_")
     chosen = MAPS.resolve(map)
     assert isinstance(chosen, TransportMap)
+    with translated("adapt_, argument map"):
+        foldable(chosen)
+    _fitting(reference, shifted, rows)
+    if labels is not None:
+        _fitting_labels(labels, reference, chosen)
+    home = copy.deepcopy(model)
+    patient = Patient(home, model, trace(model, shifted[0]), (), (), shifted)
+    paths = _paths(patient, layers, side)
+    look = _Look(side, rows, seed)
+    wanted = look.rows(home, paths, reference, labels=labels)
+    mend, snapshot = _Mend(patient, chosen, side, paired, labels is not None), Snapshot(model)
+    try:
+        return tuple(mend(p, look.rows(model, [p], shifted)[p], wanted[p]) for p in paths)
+    except BaseException:  # handed on, once the model is as it was
+        snapshot.restore_()
+        raise
+
+
+def _fitting(reference: Sequence[Any], shifted: Sequence[Any], rows: int) -> None:
     for name, batches in (("reference", reference), ("shifted", shifted)):
         if not len(batches):
             raise CalibrationError(
@@ -84,17 +111,23 @@ def adapt_(
             where="adapt_, argument rows",
             fix="pass a whole number, several times the width of the widest layer.",
         )
-    home = copy.deepcopy(model)
-    patient = Patient(home, model, trace(model, shifted[0]), (), (), shifted)
-    paths = _paths(patient, layers, side)
-    look = _Look(side, rows, seed)
-    wanted = look.rows(home, paths, reference)
-    mend, snapshot = _Mend(patient, chosen, side, paired), Snapshot(model)
-    try:
-        return tuple(mend(p, look.rows(model, [p], shifted)[p], wanted[p]) for p in paths)
-    except BaseException:  # handed on, once the model is as it was
-        snapshot.restore_()
-        raise
+
+
+def _fitting_labels(labels: Tensor, reference: Sequence[Any], chosen: TransportMap) -> None:
+    samples = sum(map(batch_size, reference))
+    whole = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
+    if not whole or len(labels) != samples:
+        raise CalibrationError(
+            f"labels name no class for each of the {samples} reference samples.",
+            where="adapt_, argument labels",
+            fix="pass a tensor of whole numbers, one per sample, in the order of the batches.",
+        )
+    if not isinstance(chosen, DomainMap):
+        raise RepairError(
+            f"a map of kind {chosen.kind} uses no labels.",
+            where="adapt_, arguments map and labels",
+            fix="use the map 'domain_map', or leave the labels out.",
+        )
 
 
 def _paths(patient: Patient, asked: Sequence[str] | None, side: str) -> list[str]:
@@ -139,9 +172,14 @@ class _Look:
     seed: int
 
     def rows(
-        self, model: nn.Module, paths: Sequence[str], batches: Sequence[Any]
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        batches: Sequence[Any],
+        *,
+        labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Gather rows of every layer in one walk over the batches."""
+        """Gather rows of every layer in one walk over the batches; labels become a last column."""
         each = ceil(self.wanted / max(sum(map(batch_size, batches)), 1))
         found: dict[str, list[Tensor]] = {path: [] for path in paths}
         last = len(paths) == 1  # what comes behind it need not run
@@ -153,7 +191,16 @@ class _Look:
             for index, batch in enumerate(batches):
                 with suppress(_Seen):
                     run_checked(model, batch, index)
+        if labels is not None:
+            own = labels.cpu().float()[:, None].split([batch_size(b) for b in batches])
+            for parts in found.values():
+                parts[:] = map(_labelled, parts, own)
         return {path: all_rows(torch.cat(parts)) for path, parts in found.items()}
+
+
+def _labelled(part: Tensor, own: Tensor) -> Tensor:
+    """Give all positions of a sample its class."""
+    return torch.cat([part, own.repeat_interleave(len(part) // len(own), dim=0)], dim=1)
 
 
 class _Seen(BaseException):
@@ -193,10 +240,16 @@ class _Mend:
     chosen: TransportMap
     side: str
     paired: bool
+    labelled: bool = False
 
     def __call__(self, path: str, source: Tensor, target: Tensor) -> Note:
         module = self.patient.small.get_submodule(path)
-        found = self.chosen.fit(source, target, self.paired or None)
+        if self.labelled:
+            assert isinstance(self.chosen, DomainMap)
+            target, own = target[:, :-1], target[:, -1].long()
+            found = self.chosen.fit(source, target, self.paired or None, labels=own)
+        else:
+            found = self.chosen.fit(source, target, self.paired or None)
         if not isinstance(found, AffineFit):
             raise RepairError(
                 f"a map of kind {found.kind} with these settings is not affine.",
@@ -208,7 +261,7 @@ class _Mend:
         put_(module, "weight", weight)
         self.patient.shift_(path, moved)
         before, after = (_laws_apart(points, target) for points in (source, found(source)))
-        return Note(self.chosen.kind, path, before, after, accepted=True)
+        return Note(self.chosen.kind, path, before, after, accepted=True, text=found.report.line)
 
 
 def _laws_apart(x: Tensor, y: Tensor) -> float:

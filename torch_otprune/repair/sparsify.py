@@ -159,15 +159,10 @@ class _Thinner:
     def look(self, sites: Sequence[Site]) -> None:
         """Find out what is read off the whole model at once, where a criterion asks for it."""
         if any("saliency" in self.criterion(self.waiting[s.path]).needs for s in sites):
-            batches = self.patient.batches
-            scores = sap_scores(
-                self.patient.dense,
-                batches,
-                passes=-(-_NUDGES // len(batches)),
-                seed=self.plan.policy.seed,
+            seed = self.plan.policy.seed
+            self.saliency = sap_scores(
+                self.patient.dense, self.patient.batches, passes=_NUDGES, seed=seed
             )
-            all_sum_(list(scores.values()))
-            self.saliency = scores
         wanted = [s for s in sites if "rows" in self.criterion(self.waiting[s.path]).needs]
         if wanted:
             few = self.patient.batches[0]
@@ -201,7 +196,7 @@ class _Thinner:
         if criterion.reads == "cascade" and criterion.refits:
             aim = read.aim(fit, held, centred=read.offset)
         case = self._case(entry, read, sums, aim)
-        still = _still(case, criterion)
+        still = self._still(case, read)
         found = criterion.thin(case)
         if not bool(torch.isfinite(found.weight).all()):
             raise CalibrationError(
@@ -211,6 +206,28 @@ class _Thinner:
             )
         self._write(entry, read, _Fit(case, sums, found, still))
         self.patient.progress("weights", len(self.done), len(self.plan.thinned))
+
+    def _still(self, case: WeightCase, read: Reading) -> Bool[Tensor, "groups columns"]:
+        """Mark inputs that never vary; where none does, nothing tells the weights apart."""
+        assert case.second is not None
+        assert case.power is not None
+        still = _constant(case.second, case.power)
+        if not bool(still.all()):
+            return still
+        criterion = self.criterion(self.waiting[case.path])
+        fit, held = Reading(self.patient, read.site, read.pauses, "parallel").sums()
+        second = fit.plus(held).second(centred=read.offset and criterion.refits)
+        if bool(_constant(second, case.power).all()):
+            seen = f"on the calibration data ({case.rows} rows)"
+            fix = "calibrate on data that differ there, choose criterion='magnitude'"
+        else:
+            seen = "any more behind the zeros in front of it"
+            fix = "let more weights stay in the layers in front"
+        raise CalibrationError(
+            f"no input of '{case.path}' varies {seen}: nothing tells its weights apart.",
+            where=f"layer '{case.path}', criterion {criterion.kind}",
+            fix=f"{fix}, or ignore the layer.",
+        )
 
     def _case(self, entry: Thinning, read: Reading, sums: Sums, aim: Tensor) -> WeightCase:
         criterion = self.criterion(entry)
@@ -254,20 +271,8 @@ class _Thinner:
         )
 
 
-def _still(case: WeightCase, criterion: WeightCriterion) -> Bool[Tensor, "groups columns"]:
-    """Mark inputs that never vary; where none does, nothing tells the weights apart."""
-    assert case.second is not None
-    assert case.power is not None
-    still = case.second.diagonal(dim1=1, dim2=2) <= _ROUNDING * case.power
-    if bool(still.all()):
-        raise CalibrationError(
-            f"no input of '{case.path}' varies on the calibration data ({case.rows} rows): nothing "
-            "tells its weights apart.",
-            where=f"layer '{case.path}', criterion {criterion.kind}",
-            fix="calibrate on data that differ there, choose criterion='magnitude', or ignore the "
-            "layer.",
-        )
-    return still
+def _constant(second: Tensor, power: Tensor) -> Bool[Tensor, "groups columns"]:
+    return second.diagonal(dim1=1, dim2=2) <= _ROUNDING * power
 
 
 def _intercept(read: Reading, sums: Sums, found: Thinned) -> Tensor:

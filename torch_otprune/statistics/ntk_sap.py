@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torch_otprune.errors import CalibrationError
+from torch_otprune.statistics.reduce import all_sum_
 from torch_otprune.statistics.sensitivity import gradients
 from torch_otprune.structure.forward import (
     evaluating,
@@ -54,16 +55,19 @@ def sap_scores(
     `|d/dm_j E |f(x; w m) - f(x; (w + eps u) m)|^2|` with normal `u`, which to first order is
     `eps^2` times what the weight's mask does to the trace of the tangent kernel.
 
+    Every nudge is tried on all batches, and the sign is dropped behind the sum over nudges,
+    batches and ranks: how the samples are divided among batches and ranks does not matter.
+
     Args:
         model: any module, evaluated as in inference; left as it was.
-        batches: as the model takes them.
+        batches: as the model takes them; on every rank its own.
         masks: weights that are still there, by parameter; None is all.
         eps: size of the nudge.
-        passes: nudges per batch.
+        passes: nudges.
         seed: of the nudges.
 
     Returns:
-        one tensor per parameter of `weights_of`, zero where a weight is gone.
+        one tensor per parameter of `weights_of`, zero where a weight is gone; on all ranks alike.
 
     Raises:
         CalibrationError: if a score is not finite, or no output depends on the weights.
@@ -71,35 +75,60 @@ def sap_scores(
     Source: Wang, Li & Sun 2023, "NTK-SAP", equation 7. Here at any weights and on any data:
         at initialisation and on noise it is theirs.
     """
-    names = weights_of(model)
-    found = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in model.named_parameters()}
-    found = {n: found[n] for n in names}
-    generator = torch.Generator("cpu").manual_seed(seed)
-    with outside_inference(), evaluating(model), gradients(model):
-        for _ in range(passes):
-            for batch in batches:
-                slopes = _slopes(model, batch, names, masks, eps=eps, generator=generator)
-                for name, slope in slopes.items():
-                    found[name] += slope
+    found, generator = _nothing(model), torch.Generator("cpu").manual_seed(seed)
+    for _ in range(passes):
+        _add_(found, model, batches, masks, eps=eps, nudge=_nudge(model, generator))
+    return _settled(found)
+
+
+def _nothing(model: nn.Module) -> dict[str, Tensor]:
+    """Start with scores of zero."""
+    return {
+        n: torch.zeros_like(model.get_parameter(n), dtype=torch.float64) for n in weights_of(model)
+    }
+
+
+def _nudge(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw a number per weight."""
+    shapes = {n: model.get_parameter(n).shape for n in weights_of(model)}
+    return {n: torch.randn(s, generator=generator, device="cpu") for n, s in shapes.items()}
+
+
+def _settled(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sum up over all ranks, then drop the signs: a share of the sum says nothing by its size."""
+    all_sum_(list(found.values()))
     return {n: _checked(n, t.abs()) for n, t in found.items()}
+
+
+def _add_(
+    found: dict[str, Tensor],
+    model: nn.Module,
+    batches: Sequence[Any],
+    masks: Mapping[str, Tensor] | None,
+    *,
+    eps: float,
+    nudge: Mapping[str, Tensor],
+) -> None:
+    """Add what one nudge says on this rank's batches."""
+    with outside_inference(), evaluating(model), gradients(model):
+        for batch in batches:
+            slopes = _slopes(model, batch, masks, eps=eps, nudge=nudge)
+            for name, slope in slopes.items():
+                found[name] += slope
 
 
 def _slopes(
     model: nn.Module,
     batch: Any,
-    names: Sequence[str],
     masks: Mapping[str, Tensor] | None,
     *,
     eps: float,
-    generator: torch.Generator,
+    nudge: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Differentiate one answer by all masks: the chain rule through both networks."""
-    own = {n: p.detach() for n, p in model.named_parameters()}
+    names, own = tuple(nudge), {n: p.detach() for n, p in model.named_parameters()}
     keep = {n: torch.ones_like(own[n]) if masks is None else masks[n].to(own[n]) for n in names}
-    nudged = {
-        n: own[n] + eps * torch.randn(own[n].shape, generator=generator, device="cpu").to(own[n])
-        for n in names
-    }
+    nudged = {n: own[n] + eps * u.to(own[n]) for n, u in nudge.items()}
     plain = {n: (own[n] * keep[n]).requires_grad_() for n in names}
     moved = {n: (nudged[n] * keep[n]).requires_grad_() for n in names}
     whole = _Whole(model)
@@ -165,7 +194,7 @@ def sap_masks(
         batches: as the model takes them.
         density: share of the weights that stays, over all layers together.
         rounds: how many; the density falls by the same factor in each.
-        passes: per round: new nudges, and with `restart` new weights.
+        passes: per round: new nudges, one per batch, and with `restart` new weights.
         eps: size of a nudge.
         restart: draws the weights of a copy anew before every pass, in place, as published; None
             scores the weights as they are.
@@ -174,7 +203,7 @@ def sap_masks(
         seed: of all draws.
 
     Returns:
-        one boolean tensor per parameter of `weights_of`: where it stays.
+        one boolean tensor per parameter of `weights_of`: where it stays; on all ranks alike.
 
     Raises:
         CalibrationError: if the density is not in (0, 1], or a score is not finite.
@@ -194,7 +223,7 @@ def sap_masks(
     masks = {n: torch.ones_like(copy.get_parameter(n), dtype=torch.bool) for n in weights_of(copy)}
     total = sum(m.numel() for m in masks.values())
     for number in range(1, rounds + 1):
-        score = {n: torch.zeros_like(m, dtype=torch.float64) for n, m in masks.items()}
+        score = _nothing(copy)
         for again in range(passes):
             turn = seed + number * passes + again
             with _seeded(turn):
@@ -203,9 +232,12 @@ def sap_masks(
                 data = [_noise(batch) for batch in batches] if noise else batches
                 if restart is not None or noise:
                     _settle_norms_(copy, data, masks)
-            for n, s in sap_scores(copy, data, masks=masks, eps=eps, seed=turn).items():
-                score[n] += s
-        masks = _largest(score, masks, max(round(total * density ** (number / rounds)), 1))
+            generator = torch.Generator("cpu").manual_seed(turn)
+            for batch in data:  # a nudge for each, as published: no batch is run twice
+                nudge = _nudge(copy, generator)
+                _add_(score, copy, [batch], masks, eps=eps, nudge=nudge)
+        kept = max(round(total * density ** (number / rounds)), 1)
+        masks = _largest(_settled(score), masks, kept)
     return masks
 
 

@@ -63,6 +63,7 @@ def check_memory(
     streams: Mapping[str, int] = _NOTHING,
     signals: Mapping[str, int] = _NOTHING,
     tangents: Mapping[str, int] = _NOTHING,
+    weights: Mapping[str, int] = _NOTHING,
     others: Mapping[str, int] = _NOTHING,
 ) -> None:
     """Refuse statistics that would not fit.
@@ -74,6 +75,7 @@ def check_memory(
         streams: run of removable blocks to what its rows take, in bytes.
         signals: layer to what the rows of its signals take, in bytes.
         tangents: what the squared gradients of all parameters take, in bytes.
+        weights: layer to what choosing single weights there takes, in bytes.
         others: what else is observed, by name, with its columns.
 
     Raises:
@@ -83,6 +85,7 @@ def check_memory(
     parts += [(size, f"the stream at '{name}'") for name, size in streams.items()]
     parts += [(size, f"the signals at '{path}'") for path, size in signals.items()]
     parts += [(size, "the gradients of all parameters") for size in tangents.values()]
+    parts += [(size, f"the weights of '{path}'") for path, size in weights.items()]
     parts += [(Moments.bytes(width), f"'{name}'") for name, width in others.items()]
     size = sum(part for part, _ in parts)
     _log.info("statistics will take %s", _binary(size))

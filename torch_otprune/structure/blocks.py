@@ -11,7 +11,7 @@ from torch import nn
 
 from torch_otprune.structure.flow import Flow, Visit
 from torch_otprune.structure.graph import Block, Blocked, Swap
-from torch_otprune.structure.layers import is_dense
+from torch_otprune.structure.layers import is_dense, lies_across
 from torch_otprune.structure.levels import levelled, listed
 from torch_otprune.structure.skips import fitting
 from torch_otprune.structure.wiring import first_of, stream_of, wiring_of
@@ -339,9 +339,9 @@ class _Search:
         """Walk from what is added back to the linear layer that wrote it."""
         while node in self.notes.maker:
             op = self.notes.ops[self.notes.maker[node]]
-            if op.name in _WORK:
-                leaf = not list(self.model.get_submodule(op.module).children())
-                return op.module if leaf else None
+            layer = self.model.get_submodule(op.module)
+            if op.name in _WORK or lies_across(layer):  # which reshapes what it has multiplied
+                return None if list(layer.children()) else op.module
             same = [n for n in op.reads if self.notes.shapes[n] == self.notes.shapes[node]]
             if op.name not in _PASSES or len(same) != 1:
                 return None

@@ -96,7 +96,7 @@ class Gates:
             module, share = self.model.get_submodule(first.path), _Share(self, block)
             self._handles += [
                 module.register_forward_pre_hook(share.enter, with_kwargs=True),
-                module.register_forward_hook(share.leave),
+                module.register_forward_hook(share.leave, always_call=True),
             ]
 
     def remove(self) -> None:
@@ -225,12 +225,13 @@ class _Share:
             return None
         assert self.gates is not None
         assert self.block is not None
+        stream = self.streams.pop() if self.streams else None
         written = first_of(out)
-        assert written is not None
+        if written is None:  # forward has failed
+            return None
         mask = self.gates.masks[self.block.name].to(written.device, written.dtype)
         if self.silent:
             return exchanged(out, written, mask * written)
-        stream = self.streams.pop()
         assert stream is not None
         return exchanged(out, written, torch.lerp(stream, written, mask))
 

@@ -116,9 +116,11 @@ class Search:
         if not self.taken:
             return UNTRAINED
         lost = f"; in {self.lost} of them a gradient was NaN or infinite, and moved nothing"
+        soft = self.eps / (self.taken if self.setting.mode == "proximal" else 1)
         return (
-            f"dtp: masks are hard since step {self.taken} of {self.setting.steps}; the mean of "
-            f"m(1-m) was {self.rest:.1e} before" + (lost if self.lost else "")
+            f"dtp: masks are hard since step {self.taken} of {self.setting.steps}, at a softness "
+            f"of {soft:.1e} (eps {self.eps:.2g}); the mean of m(1-m) was {self.rest:.1e} before"
+            + (lost if self.lost else "")
         )
 
     def harden(self) -> None:

@@ -189,6 +189,12 @@ class _Work:
         mask = self._matrix(solved.weight) != 0
         weight, note = self._within(solved.weight.double(), mask, anchor, radius)
         root = sqrt(self.rows)
+        if growth is not None:
+            wider = (
+                f"what went in front costs more than radius {self.setting.radius:g}, so W2 "
+                f"{radius / root:.3g} is what is kept to"
+            )
+            note = "; ".join(filter(None, (wider, note)))
         proof = Certificate(
             radius / root, sqrt(self.cost(weight)) / root, _worst(solved.gap), growth
         )

@@ -9,7 +9,7 @@ from torch_otprune.plan.replacement import register
 from torch_otprune.repair.base import Note, Patient
 from torch_otprune.repair.least_squares import LeastSquares
 from torch_otprune.repair.reconstruct import Reconstruct
-from torch_otprune.repair.replace.base import Fitted, hand_norms_
+from torch_otprune.repair.replace.base import Fitted, hand_norms_, unmet
 
 __all__ = ["Affine", "left_to_repair"]
 
@@ -35,7 +35,8 @@ class Affine(Fitted):
     def apply_(self, patient: Patient) -> tuple[Note, ...]:
         """Refit the layers in front of the gaps, and these alone."""
         hand_norms_(patient)
-        return LeastSquares().refit_(patient, tuple(patient.aims), kind=self.kind)
+        done = LeastSquares().refit_(patient, tuple(patient.aims), kind=self.kind)
+        return (*done, *unmet(patient, self.kind))
 
 
 def left_to_repair(replacement: object, repairs: Iterable[object]) -> bool:

@@ -15,11 +15,12 @@ from torch_otprune.repair.base import Note, Patient
 from torch_otprune.statistics.patches import pick
 from torch_otprune.statistics.reduce import all_sum_
 from torch_otprune.statistics.sites import real
+from torch_otprune.statistics.stream import runs
 from torch_otprune.statistics.taps import Taps, flat
 from torch_otprune.structure.forward import batch_size, evaluating, run
 from torch_otprune.surgery.cut import put_
 
-__all__ = ["Fitted", "Paired", "hand_norms_", "paired"]
+__all__ = ["Fitted", "Paired", "hand_norms_", "paired", "unmet"]
 
 _ROWS = 16384  # rows per block, over all samples
 
@@ -121,3 +122,20 @@ def hand_norms_(patient: Patient) -> None:
         theirs = patient.dense.get_submodule(norms[behind])
         for name, value in theirs.named_parameters():
             put_(mine, name, value)
+
+
+def unmet(patient: Patient, kind: str) -> tuple[Note, ...]:
+    """Name the gaps that no layer in front can stand in for.
+
+    Args:
+        patient: both models; `drops` are what is to be made up for.
+        kind: on whose behalf.
+
+    Returns:
+        one note per gap.
+    """
+    removed = {drop.block for drop in patient.drops}
+    gaps = runs([b for b in patient.graph.blocks if b.name in removed])
+    text = "nothing stands in: no layer in front writes to this stream that could be written anew"
+    left = (gap[0] for gap in gaps if gap[0].front not in patient.aims)
+    return tuple(Note(kind, b.name, None, None, accepted=False, text=text) for b in left)

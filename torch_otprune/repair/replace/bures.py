@@ -11,7 +11,7 @@ from torch_otprune.maps.fold import mapped_behind
 from torch_otprune.plan.replacement import register
 from torch_otprune.repair.base import Note, Patient
 from torch_otprune.repair.lockstep import Lockstep, Pause, Site
-from torch_otprune.repair.replace.base import Fitted, Paired, hand_norms_
+from torch_otprune.repair.replace.base import Fitted, Paired, hand_norms_, unmet
 from torch_otprune.statistics.patches import output_rows, pick, positions
 from torch_otprune.statistics.reduce import all_sum_
 from torch_otprune.structure.layers import Conv
@@ -49,7 +49,7 @@ class Bures(Fitted):
         if sites:
             with Lockstep(patient.dense, patient.small, patient.batches, sites) as walk:
                 walk.play(worker.mend)
-        return tuple(worker.notes)
+        return (*worker.notes, *unmet(patient, self.kind))
 
 
 @dataclass

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from torch_otprune.maps import MongeMap as Map
 from torch_otprune.maps import TransportMap
 from torch_otprune.plan.replacement import register
-from torch_otprune.policy.base import problem
+from torch_otprune.repair.mapping import foldable
 from torch_otprune.repair.replace.mapped import Mapped
 
 __all__ = ["MongeMap"]
@@ -26,17 +26,9 @@ class MongeMap(Mapped):
     """
 
     kind: Literal["monge_map"] = "monge_map"
-    map: Map = Field(default=Map(), description="settings of the map; its form is affine")
-
-    @field_validator("map")
-    @classmethod
-    def _folds(cls, value: Map) -> Map:
-        if value.form != "affine":
-            raise problem(
-                f"a map of form {value.form!r} cannot be folded.",
-                fix="use the form 'affine', or replace='monge_net' for a layer of its own.",
-            )
-        return value
+    map: Annotated[Map, AfterValidator(foldable)] = Field(
+        default=Map(), description="settings of the map; its form is affine"
+    )
 
     def transport(self) -> TransportMap:
         """Give the map."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from torch_otprune.maps import SparseMap as Map
 from torch_otprune.maps import TransportMap
 from torch_otprune.plan.replacement import register
-from torch_otprune.policy.base import problem
+from torch_otprune.repair.mapping import foldable
 from torch_otprune.repair.replace.mapped import Mapped
 
 __all__ = ["SparseMap"]
@@ -27,18 +27,9 @@ class SparseMap(Mapped):
     """
 
     kind: Literal["sparse_map"] = "sparse_map"
-    map: Map = Field(default=Map(), description="settings of the map; its solver is `group`")
-
-    @field_validator("map")
-    @classmethod
-    def _folds(cls, value: Map) -> Map:
-        if value.solver != "group":
-            raise problem(
-                f"what the solver {value.solver!r} finds differs from point to point and cannot "
-                "be folded.",
-                fix="use the solver 'group'.",
-            )
-        return value
+    map: Annotated[Map, AfterValidator(foldable)] = Field(
+        default=Map(), description="settings of the map; its solver is `group`"
+    )
 
     def transport(self) -> TransportMap:
         """Give the map."""

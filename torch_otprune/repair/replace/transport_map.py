@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from torch_otprune.maps import AffineMap, TransportMap
 from torch_otprune.plan.replacement import register
 from torch_otprune.policy.registry import MAPS, Entry, Setting
+from torch_otprune.repair.mapping import foldable
 from torch_otprune.repair.replace.mapped import Mapped
 
 __all__ = ["AnyMap"]
@@ -18,13 +19,13 @@ __all__ = ["AnyMap"]
 class AnyMap(Mapped):
     """Fold any affine transport map: `map` names it.
 
-    Limits: those of a folded map; a map that is not affine is refused when it is fitted.
+    Limits: those of a folded map.
 
     Source: ours.
     """
 
     kind: Literal["transport_map"] = "transport_map"
-    map: Annotated[Setting, Entry(MAPS)] = Field(
+    map: Annotated[Setting, Entry(MAPS), AfterValidator(foldable)] = Field(
         default=AffineMap(), description="a transport map by name, with its settings"
     )
 
