@@ -35,6 +35,9 @@ PICTURED = (
     "mpc",
     "weights_mlp_cifar",
     "space_folds",
+    "convex_refit",
+    "convex_refit_attacks",
+    "dtp_cifar10",
 )
 OURS = {
     "default": "transport/all/budget/least_squares",
