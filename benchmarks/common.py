@@ -263,6 +263,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+CROWD = 6  # series whose legend still fits into a chart
+
+
 @dataclass(frozen=True)
 class Panel:
     """One chart of a picture.
@@ -271,11 +274,13 @@ class Panel:
         title: above the chart.
         series: points (x, mean, standard deviation) by label.
         level: a dashed horizontal line, such as the dense accuracy.
+        levelled: its name.
     """
 
     title: str
     series: Mapping[str, Sequence[tuple[float, float, float]]] = field(default_factory=dict)
     level: float | None = None
+    levelled: str = "dense"
 
 
 def save_picture(path: Path, panels: Sequence[Panel], *, x: str, y: str) -> None:
@@ -299,10 +304,13 @@ def save_picture(path: Path, panels: Sequence[Panel], *, x: str, y: str) -> None
             mark = "o-" if number < COLOURS else "s--"  # no two series look alike
             axis.errorbar(xs, means, yerr=spread, fmt=mark, capsize=3, label=label)
         if panel.level is not None:
-            axis.axhline(panel.level, linestyle="--", color="gray", label="dense")
+            axis.axhline(panel.level, linestyle="--", color="gray", label=panel.levelled)
         axis.set(title=panel.title, xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if len(panel.series) <= CROWD:
+            axis.legend(fontsize=7)
+        else:
+            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -348,7 +348,7 @@ def picture(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     timed = {name: _course([r for r in found if r["method"] == name]) for name in names[1:]}
     level = statistics.mean(row["test"] for row in found if row["method"] == names[0])
     save_picture(
-        path, [Panel("clean test images; dashed: as pruned", timed, level)],
+        path, [Panel("clean test images", timed, level, "as pruned")],
         x="processor seconds, one thread", y="accuracy, %",
     )  # fmt: skip
     panels = []
