@@ -164,8 +164,9 @@ def row(lab: Lab, model: Pooled, method: str, zeros: str, *, seed: int) -> dict[
 
 def run(lab: Lab, out: Path, *, seeds: Sequence[int], only: str, force: bool) -> dict[str, Any]:
     """Measure what is not there yet, and write after every row."""
-    payload = {} if force else read_json(out)
-    rows = payload.get("rows", [])
+    payload = read_json(out)
+    again = {m for m in METHODS if only in m} if force else set()
+    rows = [r for r in payload.get("rows", []) if r["method"] not in again]
     done = {(r["method"], r["zeros"], r["seed"]) for r in rows}
     for seed in seeds:
         todo = [(m, z) for z in ZEROS for m in METHODS if only in m and (m, z, seed) not in done]
@@ -178,8 +179,9 @@ def run(lab: Lab, out: Path, *, seeds: Sequence[int], only: str, force: bool) ->
                 {"method": "dense", "zeros": "0", "seed": seed, "accuracy": top1, "loss": loss}
             )
         for method, zeros in todo:
-            rows.append(row(lab, model, method, zeros, seed=seed))
-            payload = {"environment": environment(), "rows": rows}
+            made = environment()
+            rows.append(row(lab, model, method, zeros, seed=seed) | {"commit": made["commit"]})
+            payload = {"environment": made, "rows": rows}
             write_json(out, payload)
             print(rows[-1], flush=True)
     return payload

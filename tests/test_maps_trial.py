@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from torch_otprune.errors import TransportError
 from torch_otprune.maps import AffineMap, MongeMap
+from torch_otprune.maps.monge_map import Descent
 from torch_otprune.maps.samples import Samples
 from torch_otprune.maps.trial import Trial
 
@@ -126,3 +128,16 @@ def test_a_handful_of_rows_judges_nothing() -> None:
     x, y = cloud(6, 2), cloud(6, 2, seed=1) + 50
     found, start = MongeMap().fit(x, y), AffineMap().fit(x, y)
     assert torch.equal(found(x), start(x))
+
+
+def test_a_distance_that_does_not_settle_leaves_the_closed_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unsettled(self: Descent) -> str:
+        raise TransportError("the potentials are off.", where="here", fix="wait.")
+
+    monkeypatch.setattr(Descent, "run", unsettled)
+    x, y = cloud(1500, 2), bent(cloud(1500, 2, seed=1))  # a case that is left otherwise
+    found = MongeMap(form="mlp").fit(x, y)
+    assert torch.equal(found(x), AffineMap().fit(x, y)(x))
+    assert found.notes == ("the closed form stays: the potentials are off.",)

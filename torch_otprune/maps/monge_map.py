@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from torch_otprune.errors import TransportError
 from torch_otprune.maps.affine import AffineMap, with_moments
 from torch_otprune.maps.base import AffineFit, FittedMap, FreeFit, TransportMap, register
 from torch_otprune.maps.elastic import Elastic
@@ -89,7 +90,10 @@ class MongeMap(TransportMap):
         if trial.settled(start):
             return still
         body = _Body.around(start, samples.x, self)
-        note = Descent(self, trial.learn, body, body.unit).run()
+        try:
+            note = Descent(self, trial.learn, body, body.unit).run()
+        except TransportError as error:  # a distance that did not settle measures no descent
+            return replace(still, notes=(f"the closed form stays: {error.problem}",))
         moved = self._made(samples, start, body, note=note)
         better, why = trial.verdict(start, moved, self.ground)
         return replace(moved, notes=(why, note)) if better else replace(still, notes=(why,))

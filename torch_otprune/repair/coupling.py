@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from torch_otprune.criteria.base import Need
 from torch_otprune.errors import PolicyError
 from torch_otprune.plan.model import Cut
 from torch_otprune.repair.base import Note, Patient, Repair, register
@@ -97,6 +98,11 @@ class Coupling(Repair):
     guard: bool = Field(
         default=True, description="leave a group cut where fusing it makes the output worse"
     )
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]  # depends on a setting
+        """Ask for what the price of a refit takes."""
+        return frozenset({"moments"}) if self.refits else frozenset()
 
     @property
     def refits(self) -> bool:  # type: ignore[override]  # depends on a setting
