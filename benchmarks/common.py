@@ -297,21 +297,31 @@ def save_picture(path: Path, panels: Sequence[Panel], *, x: str, y: str) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.series))
+    crowded = len(names) > CROWD
+    size = (5 * len(panels), 5.2 if crowded else 4)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
+    drawn: dict[str, Any] = {}
     for axis, panel in zip(axes[0], panels, strict=True):
-        for number, (label, points) in enumerate(panel.series.items()):
+        for label, points in panel.series.items():
             xs, means, spread = zip(*sorted(points), strict=True)
+            number = names.index(label)  # one method looks the same in all charts
             mark = "o-" if number < COLOURS else "s--"  # no two series look alike
-            axis.errorbar(xs, means, yerr=spread, fmt=mark, capsize=3, label=label)
+            drawn[label] = axis.errorbar(
+                xs, means, yerr=spread, fmt=mark, color=f"C{number % COLOURS}", capsize=3
+            )
         if panel.level is not None:
-            axis.axhline(panel.level, linestyle="--", color="gray", label=panel.levelled)
+            drawn[panel.levelled] = axis.axhline(panel.level, linestyle="--", color="gray")
         axis.set(title=panel.title, xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
-        if len(panel.series) <= CROWD:
-            axis.legend(fontsize=7)
-        else:
-            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
-    figure.tight_layout()
+        if not crowded:
+            own = [name for name in drawn if name in (*panel.series, panel.levelled)]
+            axis.legend([drawn[name] for name in own], own, fontsize=7)
+    if crowded:
+        columns = 3 * len(panels)
+        figure.legend(drawn.values(), drawn, fontsize=7, loc="lower center", ncols=columns)
+        rows = -(-len(drawn) // columns)
+    figure.tight_layout(rect=(0, 0.03 + 0.035 * rows if crowded else 0, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
