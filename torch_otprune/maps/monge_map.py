@@ -85,17 +85,17 @@ class MongeMap(TransportMap):
 
     def _by_laws(self, samples: Samples, start: AffineFit) -> FittedMap:
         """Descend on one half, and keep the closed form unless the other half speaks for more."""
-        trial = Trial.of(samples)
         still = self._made(samples, start, _Body.around(start, samples.x, self), note=_NEAR)
-        if trial.settled(start):
-            return still
-        body = _Body.around(start, samples.x, self)
         try:
+            trial = Trial.of(samples)
+            if trial.settled(start):
+                return still
+            body = _Body.around(start, samples.x, self)
             note = Descent(self, trial.learn, body, body.unit).run()
-        except TransportError as error:  # a distance that did not settle measures no descent
+            moved = self._made(samples, start, body, note=note)
+            better, why = trial.verdict(start, moved, self.ground)
+        except TransportError as error:  # a distance that did not settle judges nothing
             return replace(still, notes=(f"the closed form stays: {error.problem}",))
-        moved = self._made(samples, start, body, note=note)
-        better, why = trial.verdict(start, moved, self.ground)
         return replace(moved, notes=(why, note)) if better else replace(still, notes=(why,))
 
     def _made(
