@@ -49,7 +49,8 @@ def outputs(place: Path) -> dict[str, str]:
 
 
 def test_every_command_of_the_documentation_runs(outputs: dict[str, str]) -> None:
-    assert list(outputs) == ["demo", "doctor", "plan", "apply", "verify", "export", "schema"]
+    names = ["demo", "doctor", "plan", "compare", "apply", "verify", "export", "schema"]
+    assert list(outputs) == names
 
 
 def test_the_demo_prunes_to_half_the_macs_within_one_percent(

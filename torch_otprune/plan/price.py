@@ -41,8 +41,8 @@ def repaired(ranking: Ranking, evidence: Evidence) -> Ranking:
     Source: ours; the Schur complement of a Cholesky factor (Golub & Van Loan 2013, section 4.2).
     """
     parts = [_residual(ranking.order, c) for c in evidence.consumers if c.second is not None]
-    if not parts:
-        return ranking
+    if not parts:  # of rows alone, what dropping changes is known, and no more
+        return dropped(ranking, evidence) if wide_consumers(evidence) else ranking
     lost = torch.stack(parts).sum(0)
     left = lost.flip(0).cumsum(0).flip(0)
     return Ranking(ranking.order, torch.cat([left, left.new_zeros(1)]))
@@ -108,7 +108,7 @@ def mendable(evidence: Evidence, repairs: Sequence[Setting]) -> None:
         CalibrationError: if it is so wide that no products of its units were gathered, and a
             repair refits; or if a coupling of so many units is declared.
     """
-    refits = any(getattr(repair, "refits", False) for repair in repairs)
+    refits = any(getattr(r, "refits", False) for r in repairs if r.kind != "coupling")
     couples = any(repair.kind == "coupling" for repair in repairs)
     if (refits and wide_consumers(evidence)) or (couples and evidence.units > WIDE):
         size, what = 8 * evidence.units**2 / 2**30, "refit" if refits else "coupling"
